@@ -1,0 +1,238 @@
+"""The demonstration: three questions on one long document, without a cache, then from a store in a new
+process.
+
+Each phase is an engine process of its own, and each begins with a small unrelated generation, so that what is
+initialised at first use is in no figure. All phases get the same token ids; TTFT is from there to the first
+token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lmcache_sdk.errors import ConfigError
+from lmcache_sdk.testing.harness import EngineHarness
+
+# Chapters of CPython's own manual, which every Python brings along; the questions are on the first one.
+CHAPTERS = (
+    "compound",
+    "debugger",
+    "formatstrings",
+    "specialnames",
+    "string-methods",
+    "typesmapping",
+    "assignment",
+)
+QUESTIONS = (
+    "When is the finally clause of a try statement executed?",
+    "What does the with statement do?",
+    "What happens to the else clause of a for loop after a break?",
+)
+INSTRUCTION = "Read this chapter of a manual, then answer the question below it in one sentence."
+WARM_UP_TOKENS = 96
+ANSWER_TIMEOUT_S = 900.0
+# A store's map is sparse, so this is a bound and not a cost.
+STORE_SIZE = "20GiB"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question in one phase. Times in seconds."""
+
+    ttft_s: float
+    cached_tokens: int
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question: without a cache, and from the store in a new process."""
+
+    question: str
+    prompt_tokens: int
+    cold: Answer
+    warm: Answer
+
+    @property
+    def speedup(self) -> float:
+        """How many times sooner the first token comes."""
+        return self.cold.ttft_s / self.warm.ttft_s
+
+    @property
+    def tokens_equal(self) -> bool:
+        """Whether both gave the same answer."""
+        return self.cold.token_ids == self.warm.token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The first question's figures: what ``--json`` writes."""
+
+    cold_ttft_s: float
+    warm_ttft_s: float
+    speedup: float
+    prompt_tokens: int
+    cached_tokens: int
+    tokens_equal: bool
+    store_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that was measured."""
+
+    rows: list[Row]
+    store_bytes: int
+
+    @property
+    def passed(self) -> bool:
+        """Every question had the same answer, and something came from the store."""
+        return all(row.tokens_equal and row.warm.cached_tokens > 0 for row in self.rows)
+
+    def summary(self) -> dict[str, float | int | bool]:
+        """See :class:`Summary`."""
+        first = self.rows[0]
+        return asdict(
+            Summary(
+                cold_ttft_s=first.cold.ttft_s,
+                warm_ttft_s=first.warm.ttft_s,
+                speedup=first.speedup,
+                prompt_tokens=first.prompt_tokens,
+                cached_tokens=first.warm.cached_tokens,
+                tokens_equal=first.tokens_equal,
+                store_bytes=self.store_bytes,
+            )
+        )
+
+
+def measure(
+    model: str,
+    store: str,
+    *,
+    tokens: int,
+    new_tokens: int,
+    options: Sequence[str] = (),
+    progress: Progress,
+) -> Report:
+    """Run the three phases.
+
+    Args:
+        model: a model directory or hub id.
+        store: URL of the store that is filled and then read.
+        tokens: the document has at least this many.
+        new_tokens: tokens of each answer.
+        options: further arguments of the engine process (``--dtype``, ``--device``).
+
+    Raises:
+        ConfigError: the document and an answer do not fit the model's context.
+        EngineError: a phase failed; the message has the end of its log.
+    """
+    command = [sys.executable, "-m", "lmcache_adapters.hf.engine", "--model", model, *options]
+    progress("Cold: starting an engine without a cache")
+    with EngineHarness(command) as engine:
+        prompts = _prompts(engine, tokens, new_tokens)
+        cold = _ask(engine, prompts, new_tokens, "Cold", progress)
+        engine.stop()
+    progress("Filling: starting an engine with a store")
+    with EngineHarness([*command, "--cache", store]) as engine:
+        _ask(engine, prompts, new_tokens, "Filling", progress)
+        progress("Filling: waiting until everything is in the store")
+        if not engine.flush(ANSWER_TIMEOUT_S):
+            raise ConfigError(f"{store} did not take the KV in time")
+        engine.stop()
+    progress("Warm: starting a new process on the same store")
+    with EngineHarness([*command, "--cache", store]) as engine:
+        warm = _ask(engine, prompts, new_tokens, "Warm", progress)
+        stats = engine.stats() or {"tiers": []}
+        engine.stop()
+    rows = [
+        Row(question, len(prompt), cold_answer, warm_answer)
+        for question, prompt, cold_answer, warm_answer in zip(QUESTIONS, prompts, cold, warm, strict=True)
+    ]
+    return Report(rows, sum(tier["used_bytes"] for tier in stats["tiers"]))
+
+
+def plot(report: Report, file: Path) -> None:
+    """Bars of the time to first token, cold and warm, one pair a question.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'lmcache-sdk[plot]'") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for shift, label, values in (
+        (-0.2, "without a cache", [row.cold.ttft_s for row in report.rows]),
+        (0.2, "from the store, new process", [row.warm.ttft_s for row in report.rows]),
+    ):
+        bars = axes.bar([at + shift for at in range(len(values))], values, 0.4, label=label)
+        axes.bar_label(bars, fmt="%.2f s")
+    axes.set_xticks(range(len(report.rows)), [f"question {n}" for n in range(1, len(report.rows) + 1)])
+    axes.set_ylabel("time to first token (s)")
+    axes.set_title(f"{report.rows[0].prompt_tokens} tokens of prompt")
+    axes.legend()
+    figure.savefig(file)
+
+
+def _ask(
+    engine: EngineHarness, prompts: Sequence[list[int]], new_tokens: int, phase: str, progress: Progress
+) -> list[Answer]:
+    engine.generate(
+        list(range(1, WARM_UP_TOKENS + 1)), max_new_tokens=4, store=False, timeout_s=ANSWER_TIMEOUT_S
+    )
+    answers = []
+    for number, prompt in enumerate(prompts, start=1):
+        progress(f"{phase}: question {number} of {len(prompts)}, {len(prompt)} tokens")
+        reply = engine.generate(prompt, max_new_tokens=new_tokens, timeout_s=ANSWER_TIMEOUT_S)
+        answers.append(Answer(reply["ttft_s"], reply["cached_tokens"], reply["token_ids"], reply["text"]))
+        progress(
+            f"{phase}: first token after {reply['ttft_s']:.2f} s, {reply['cached_tokens']} tokens from the cache"
+        )
+    return answers
+
+
+def _prompts(engine: EngineHarness, tokens: int, new_tokens: int) -> list[list[int]]:
+    """The questions' token ids: the same document before each, so that only the end differs."""
+    document = _document(engine, tokens)
+    prompts = []
+    for question in QUESTIONS:
+        content = f"{INSTRUCTION}\n\n{document}\n\nQuestion: {question}"
+        prompt = engine.call("tokenize", 60, messages=[{"role": "user", "content": content}])["token_ids"]
+        context = engine.hello["context_tokens"]
+        if len(prompt) + new_tokens > context:
+            raise ConfigError(
+                f"a document of {tokens} tokens and {new_tokens} new ones do not fit the model's context of {context}; "
+                "lower --tokens"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _document(engine: EngineHarness, tokens: int) -> str:
+    """The first paragraphs of the manual that have at least this many tokens together."""
+    from pydoc_data.topics import topics
+
+    paragraphs = "\n\n".join(topics[chapter] for chapter in CHAPTERS if chapter in topics).split("\n\n")
+
+    def text(count: int) -> str:
+        return "\n\n".join(paragraphs[:count])
+
+    def length(count: int) -> int:
+        return len(engine.call("tokenize", 60, text=text(count))["token_ids"])
+
+    low, high = 1, len(paragraphs)
+    if tokens < 1 or length(high) < tokens:
+        raise ConfigError(f"--tokens must be within 1 .. {length(high)}, got {tokens}")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if length(middle) >= tokens else (middle + 1, high)
+    return text(low)

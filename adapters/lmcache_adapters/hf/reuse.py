@@ -1,0 +1,149 @@
+"""Engine memory joined to a cache: restores a prompt's prefix into slots, and saves what has been computed
+there.
+
+This is all that the runner knows of the cache, and the place where cache trouble ends: whatever happens here,
+the answer is at worst "nothing restored", and the memory is safe to compute in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from lmcache_sdk.connector import GPUConnector
+
+from lmcache_adapters.hf.memory import KVMemory
+from lmcache_adapters.hf.model import Model
+from lmcache_sdk.api import Cache, LookupState, Transfer
+from lmcache_sdk.keys import Chain
+
+logger = logging.getLogger("lmcache_sdk.hf")
+
+EXACT = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a prompt's lookup and load gave.
+
+    Attributes:
+        chunks: how many chunks are in the memory now, from the first on.
+        seconds: how long lookup and load took together.
+        sources: chunks of the lookup by the tier they came from.
+        fidelity: the worst among the loaded chunks.
+    """
+
+    chunks: int = 0
+    seconds: float = 0.0
+    sources: Mapping[str, int] = field(default_factory=dict)
+    fidelity: str = EXACT
+
+
+class ReusableMemory:
+    """The KV memory of one sequence at a time, and the cache behind it (None = no cache: the same code, all
+    misses).
+
+    Args:
+        slots: tokens that the memory holds.
+        timeout_s: how long a request waits for its lookup, and again for its load, before it computes
+            instead.
+
+    Raises:
+        LayoutError: the connector's proof at registration failed.
+    """
+
+    def __init__(self, model: Model, cache: Cache | None, slots: int, timeout_s: float) -> None:
+        self._model = model
+        self._cache = cache
+        self._timeout_s = timeout_s
+        self.memory = KVMemory(model.group, slots, model.device)
+        self._connector = None
+        if cache is not None:
+            self._connector = GPUConnector(cache, self.memory.layout(), write_op=self.memory.write)
+            self.memory.rewind(0)
+
+    def restore(self, rid: str, chain: Chain, usable_chunks: int) -> Restored:
+        """Start a request: its memory then holds the longest prefix that the cache has, at most
+        ``usable_chunks``."""
+        restored = Restored()
+        if self._connector is not None:
+            # The last request's chunks may still be on their way out of these slots.
+            self._connector.fence(None)
+            try:
+                restored = self._restore(rid, chain, usable_chunks)
+            except Exception as error:  # noqa: BLE001 -- a cache that fails is a slower engine, never a broken one
+                self._give_up(error)
+        self.memory.rewind(restored.chunks * chain.chunk_tokens)
+        return restored
+
+    def save(self, rid: str, chain: Chain, first_chunk: int) -> None:
+        """Store the full chunks from ``first_chunk`` on, in the background; the slots stay valid until the
+        next restore."""
+        count = min(len(chain), self.memory.length // chain.chunk_tokens) - first_chunk
+        if self._connector is None or count <= 0:
+            return
+        try:
+            chain.digests()  # here, since the chain may grow while the copy thread reads it
+            self._connector.store(rid, chain, first_chunk, _slots(first_chunk, first_chunk + count, chain))
+        except Exception as error:  # noqa: BLE001 -- as above
+            self._give_up(error)
+
+    def forget(self, rid: str) -> None:
+        """The request has ended."""
+        if self._cache is not None:
+            self._cache.forget(rid)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until everything saved so far has reached the store; False if that took too long."""
+        if self._cache is None or self._connector is None:
+            return True
+        deadline = time.monotonic() + timeout_s
+        return self._connector.drain(timeout_s) and self._cache.drain(max(0.0, deadline - time.monotonic()))
+
+    def close(self) -> None:
+        """Let go of the memory. The cache stays open."""
+        if self._connector is not None:
+            self._connector.close()
+            self._connector = None
+
+    def _restore(self, rid: str, chain: Chain, usable_chunks: int) -> Restored:
+        cache, connector = self._cache, self._connector
+        assert cache is not None
+        assert connector is not None
+        begin = time.perf_counter()
+        lookup = cache.lookup(rid, chain)
+        if lookup.state == LookupState.PENDING:
+            lookup = cache.wait(rid, self._timeout_s)
+        boundary = max((chunks for chunks in lookup.boundaries if chunks <= usable_chunks), default=0)
+        ticket = cache.claim(rid, boundary) if boundary else None
+        if ticket is None:
+            return Restored(seconds=time.perf_counter() - begin)
+        transfer = connector.load(ticket, _slots(0, boundary, chain))
+        if not transfer.wait(self._timeout_s):
+            self._stop(transfer)
+            return Restored(seconds=time.perf_counter() - begin)
+        chunks = min(transfer.failed_chunks(), default=boundary)
+        return Restored(chunks, time.perf_counter() - begin, lookup.sources, ticket.fidelity)
+
+    def _stop(self, transfer: Transfer) -> None:
+        """Nothing may be computed in slots that a late copy still writes to."""
+        transfer.cancel()
+        if not transfer.wait(self._timeout_s):
+            raise TimeoutError(f"a load did not stop within {self._timeout_s} s of being cancelled")
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without the cache, in fresh memory: nobody can say what still reads or writes the old one."""
+        logger.error("the cache failed in a way it must not; this runner goes on without it", exc_info=error)
+        self._connector = None
+        length, old = self.memory.length, self.memory
+        self.memory = KVMemory(self._model.group, old.slots, self._model.device)
+        self.memory.rows[:, :, :length] = old.rows[:, :, :length]
+        self.memory.rewind(length)
+
+
+def _slots(first_chunk: int, end_chunk: int, chain: Chain) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """One sequence at a time lies from slot 0 on, so a token's slot is its position."""
+    return np.arange(first_chunk * chain.chunk_tokens, end_chunk * chain.chunk_tokens, dtype=np.int64)

@@ -1,0 +1,191 @@
+"""What a storage backend is: a small, structural, synchronous, batch-first protocol; and how one is found.
+
+A backend stores *records* (opaque bytes) under *keys* (text, at most 400 ASCII characters of ``[A-Za-z0-9._/-]``).
+It never sees a tensor. Threads, deadlines, retries, breakers, checksums and codecs are the store's: a backend may
+block, and may be called from several threads at once. Writing one: ``docs/writing-a-backend.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from importlib.metadata import entry_points
+from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from lmcache_sdk.errors import ConfigError
+
+ENTRY_POINTS = "lmcache_sdk.backends"
+KEY_LIMIT = 400
+
+Buffer = memoryview  # writable, contiguous, of unsigned bytes
+
+
+class Miss(Enum):
+    """Why :meth:`Backend.get` gave no bytes. Never an exception."""
+
+    ABSENT = "absent"
+    TOO_LARGE = "too_large"  # the record does not fit the given buffer
+
+    def __repr__(self) -> str:
+        return f"Miss.{self.name}"
+
+
+class Item(NamedTuple):
+    """One record to be written. ``data`` must not change until the call returns; it is not kept after."""
+
+    key: str
+    data: memoryview
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Where records rest.
+
+    Every implementation MUST:
+      * make a record visible all at once: a reader sees the whole of it or nothing;
+      * return for ``get`` the very bytes last put under that key, or a :class:`Miss`;
+      * never modify a buffer beyond the returned length, nor after the call has returned;
+      * leave nothing behind for a key that was deleted, or whose ``put`` failed.
+    Every call raises :class:`~lmcache_sdk.errors.BackendError` (Unavailable, Full) when the backend is in trouble.
+
+    Attributes:
+        instant: ``contains`` and ``prefix_len`` take microseconds and never wait for a network or a disk that is not
+            local, so that a lookup may ask in line.
+    """
+
+    instant: ClassVar[bool]
+
+    @classmethod
+    def from_url(cls, url: Url) -> Self:
+        """Open what the URL names. Raises ConfigError (bad parameter), or a BackendError (cannot be opened)."""
+        ...
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
+        """Read ``keys[i]`` into the front of ``buffers[i]``; the answer is the record's length, or why there is none."""
+        ...
+
+    def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
+        """Write records; False where one was there already and ``if_absent`` kept it. Stops at the first error."""
+        ...
+
+    def contains(self, keys: Sequence[str]) -> list[bool]: ...
+
+    def prefix_len(self, keys: Sequence[str]) -> int:
+        """How many of the leading keys are present."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> int:
+        """Remove records; the answer is how many were there. An absent key is no error."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """Flush and release. Idempotent; every later call raises BackendUnavailable."""
+        ...
+
+
+class Stat(NamedTuple):
+    """A record at rest. ``nbytes`` is the record's length."""
+
+    key: str
+    nbytes: int
+
+
+@runtime_checkable
+class Scan(Protocol):
+    """Can list its keys."""
+
+    def scan(self, prefix: str = "") -> Iterator[Stat]:
+        """All records whose key starts with ``prefix``, in any order; what changes meanwhile may be missed."""
+        ...
+
+
+class UsageReport(NamedTuple):
+    """``capacity_bytes`` is 0 where there is no bound; ``used_bytes`` is what counts against it."""
+
+    records: int
+    used_bytes: int
+    capacity_bytes: int
+    evictions: int
+
+
+@runtime_checkable
+class Usage(Protocol):
+    """Can tell how full it is."""
+
+    def usage(self) -> UsageReport: ...
+
+
+class Url:
+    """A parsed backend URL: ``scheme://host/path?key=value``. Parameters are taken once each; what is left is an error.
+
+    Raises:
+        ConfigError: it has no scheme, or a parameter appears twice.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        split = urlsplit(text)
+        if not split.scheme or "://" not in text:
+            raise ConfigError(f"{text!r} is not a URL; expected something like lmdb:///var/lib/kv?size=50GiB")
+        self.scheme = split.scheme
+        self.host = unquote(split.netloc)
+        self.path = unquote(split.path)
+        pairs = parse_qsl(split.query, keep_blank_values=True)
+        self._parameters = dict(pairs)
+        if len(self._parameters) != len(pairs):
+            raise ConfigError(f"{text!r} names a parameter twice")
+        self._known: list[str] = []
+
+    def take(self, name: str, default: str = "") -> str:
+        """The value of a parameter, which is thereby known."""
+        self._known.append(name)
+        return self._parameters.pop(name, default)
+
+    def finish(self) -> None:
+        """Raise ConfigError if a parameter was not taken: a misspelt one must not be ignored."""
+        if self._parameters:
+            known = f"known are: {', '.join(self._known)}" if self._known else "it has none"
+            raise ConfigError(f"unknown parameter {next(iter(self._parameters))!r} for {self.scheme}://; {known}")
+
+
+def backend_classes() -> dict[str, type[Backend]]:
+    """All installed backends by URL scheme; loads them. For `doctor`; opening loads only the one."""
+    return {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+
+
+def schemes() -> list[str]:
+    """The URL schemes that installed packages announce."""
+    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+
+
+def open_backend(url: str) -> Backend:
+    """Open the backend that a URL names, found by its scheme among the installed entry points.
+
+    Raises:
+        ConfigError: unknown scheme or bad parameter; the message names it and what there is.
+        BackendError: the place cannot be opened.
+    """
+    parsed = Url(url)
+    found = list(entry_points(group=ENTRY_POINTS, name=parsed.scheme))
+    if not found:
+        raise ConfigError(f"unknown scheme {parsed.scheme!r} in {url!r}; installed are: {', '.join(schemes())}")
+    try:
+        backend_class = found[0].load()
+    except ImportError as error:
+        raise ConfigError(
+            f"the backend for {parsed.scheme}:// needs a package that is not installed ({error}); "
+            f"try: pip install 'lmcache-sdk[{parsed.scheme}]'"
+        ) from error
+    backend: Backend = backend_class.from_url(parsed)
+    return backend
+
+
+def leading(present: Iterable[bool]) -> int:
+    """How many leading values are true: ``prefix_len`` from ``contains``."""
+    count = 0
+    for here in present:
+        if not here:
+            break
+        count += 1
+    return count

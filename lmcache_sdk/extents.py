@@ -1,0 +1,135 @@
+"""Which bytes of the pool are free: a best-fit allocator that merges neighbours. Pure bookkeeping, no memory.
+
+An address is ``segment << 40 | offset``; an extent never straddles two segments. Sizes are multiples of 64 bytes.
+Allocating and freeing cost O(log of the number of distinct hole sizes), whatever the number of extents.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+SEGMENT_SHIFT = 40
+ALIGNMENT = 64
+
+
+def round_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def segment_of(address: int) -> int:
+    return address >> SEGMENT_SHIFT
+
+
+def offset_of(address: int) -> int:
+    return address & ((1 << SEGMENT_SHIFT) - 1)
+
+
+class Extents:
+    """Free, used and quarantined bytes of a pool.
+
+    Args:
+        segments: size of each segment in bytes; rounded down to the alignment.
+
+    ``free_bytes + used_bytes + quarantined_bytes == total_bytes`` at all times. A quarantined extent is out of use
+    but somebody may still write to it; it comes back by :meth:`free` when that has ended.
+    """
+
+    def __init__(self, segments: Sequence[int]) -> None:
+        self.total_bytes = 0
+        self.quarantined_bytes = 0
+        self._allocated: dict[int, int] = {}
+        self._quarantined: set[int] = set()
+        self._hole_at: dict[int, int] = {}  # start -> size
+        self._hole_ending_at: dict[int, int] = {}  # end -> start
+        self._holes_of: dict[int, dict[int, None]] = {}  # size -> starts (a dict as ordered set)
+        self._sizes: list[int] = []  # distinct hole sizes, ascending
+        self.free_bytes = 0
+        for number, size in enumerate(segments):
+            size -= size % ALIGNMENT
+            self.total_bytes += size
+            if size:
+                self._add_hole(number << SEGMENT_SHIFT, size)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.total_bytes - self.free_bytes - self.quarantined_bytes
+
+    @property
+    def largest_free_bytes(self) -> int:
+        return self._sizes[-1] if self._sizes else 0
+
+    @property
+    def allocated(self) -> int:
+        """How many extents are used or quarantined."""
+        return len(self._allocated)
+
+    def size_of(self, address: int) -> int:
+        return self._allocated[address]
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The address of ``nbytes`` (rounded up), or None if no hole is large enough."""
+        want = round_up(nbytes)
+        at = bisect_left(self._sizes, want)
+        if at == len(self._sizes):
+            return None
+        size = self._sizes[at]
+        start = next(iter(self._holes_of[size]))
+        self._drop_hole(start, size)
+        if size > want:
+            self._add_hole(start + want, size - want)
+        self._allocated[start] = want
+        return start
+
+    def free(self, address: int) -> None:
+        """Give an extent back (also one that was quarantined). Raises KeyError if it is not allocated."""
+        size = self._allocated.pop(address)
+        if address in self._quarantined:
+            self._quarantined.remove(address)
+            self.quarantined_bytes -= size
+        before = self._hole_ending_at.get(address)
+        if before is not None:
+            size += self._hole_at[before]
+            self._drop_hole(before, self._hole_at[before])
+            address = before
+        after = self._hole_at.get(address + size)
+        if after is not None:
+            self._drop_hole(address + size, after)
+            size += after
+        self._add_hole(address, size)
+
+    def quarantine(self, address: int) -> None:
+        """Take an extent out of use without giving its bytes to anyone else."""
+        self._quarantined.add(address)
+        self.quarantined_bytes += self._allocated[address]
+
+    def _add_hole(self, start: int, size: int) -> None:
+        self._hole_at[start] = size
+        self._hole_ending_at[start + size] = start
+        if size not in self._holes_of:
+            self._holes_of[size] = {}
+            insort(self._sizes, size)
+        self._holes_of[size][start] = None
+        self.free_bytes += size
+
+    def _drop_hole(self, start: int, size: int) -> None:
+        del self._hole_at[start]
+        del self._hole_ending_at[start + size]
+        starts = self._holes_of[size]
+        del starts[start]
+        if not starts:
+            del self._holes_of[size]
+            del self._sizes[bisect_left(self._sizes, size)]
+        self.free_bytes -= size
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if extents and holes overlap, touch unmerged, or do not add up."""
+        holes = [(start, size, True) for start, size in self._hole_at.items()]
+        spans = sorted(holes + [(start, size, False) for start, size in self._allocated.items()])
+        for (start, size, hole), (following, _, next_hole) in zip(spans, spans[1:], strict=False):
+            assert start + size <= following, f"{start:#x}+{size} overlaps {following:#x}"
+            assert not (hole and next_hole and start + size == following), f"unmerged holes at {following:#x}"
+        assert sum(size for _, size, _ in holes) == self.free_bytes
+        assert sum(size for _, size, hole in spans if not hole) == self.total_bytes - self.free_bytes
+        assert self.quarantined_bytes == sum(self._allocated[a] for a in self._quarantined)
+        assert self._sizes == sorted(self._holes_of)

@@ -1,0 +1,1 @@
+"""Seeing it: logs and metrics."""

@@ -1,0 +1,111 @@
+"""URL -> Cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmcache_sdk.api import Bytes, Chain, Lookup, Part, Reservation, Stats, Ticket
+from lmcache_sdk.backend import open_backend
+from lmcache_sdk.errors import ConfigError
+from lmcache_sdk.spec import WHOLE, Namespace, Producer
+from lmcache_sdk.store import Limits, Store, Tier
+
+
+class LocalCache:
+    """The Cache protocol over a Store of this process. See :class:`lmcache_sdk.api.Cache` for the methods.
+
+    Args:
+        store: closed with this cache.
+    """
+
+    def __init__(self, store: Store, namespace: Namespace, producer: Producer) -> None:
+        self.store = store
+        self._opened = store.open_space(namespace, producer)
+
+    @property
+    def namespace(self) -> Namespace:
+        return self._opened.namespace
+
+    @property
+    def producer(self) -> Producer:
+        return self._opened.producer
+
+    def lookup(self, rid: str, chain: Chain, *, over: Part = WHOLE, prefetch: bool = True) -> Lookup:
+        del over  # a chunk is ready only when all its cells are, whatever the asker holds
+        return self.store.lookup(self._opened, rid, chain, prefetch=prefetch)
+
+    def wait(self, rid: str, timeout_s: float) -> Lookup:
+        return self.store.wait(rid, timeout_s)
+
+    def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
+        return self.store.claim(rid, boundary, first, parts)
+
+    def release(self, ticket: Ticket, part: int = 0) -> None:
+        self.store.release(ticket, part)
+
+    def forget(self, rid: str) -> None:
+        self.store.forget(rid)
+
+    def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
+        del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
+        return self.store.reserve(self._opened, chain, first, count, part)
+
+    def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:
+        self.store.publish(reservation, chunks)
+
+    def abort(self, reservation: Reservation) -> None:
+        self.store.abort(reservation)
+
+    def segment(self, index: int) -> Bytes:
+        return self.store.pool.segment(index)
+
+    def pin(self, chain: Chain, ttl_s: float) -> int:
+        return self.store.pin(self._opened, chain, ttl_s)
+
+    def delete(self, chain: Chain) -> int:
+        return self.store.delete(self._opened, chain)
+
+    def clear(self) -> int:
+        return self.store.clear(self._opened)
+
+    def stats(self) -> Stats:
+        return self.store.stats()
+
+    def drain(self, timeout_s: float) -> bool:
+        return self.store.drain(timeout_s)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        self.store.close(timeout_s)
+
+
+def open_cache(
+    url: str | Sequence[str],
+    *,
+    namespace: Namespace,
+    producer: Producer,
+    pool_bytes: int = 1 << 30,
+    limits: Limits | None = None,
+) -> LocalCache:
+    """A cache over the store that a URL names (several: tiers, fastest first), with a pool in this process.
+
+    Args:
+        url: ``lmdb:///var/lib/kv?size=50GiB``, ``memory://`` …
+        pool_bytes: host memory for chunks.
+
+    Raises:
+        ConfigError: unknown scheme, bad parameter, a pool too small for one chunk.
+        BackendError: a store that cannot be opened.
+    """
+    urls = [url] if isinstance(url, str) else list(url)
+    if not urls:
+        raise ConfigError("no cache URL was given; expected something like lmdb:///var/lib/kv?size=50GiB")
+    namespace.spec.validate()
+    tiers: list[Tier] = []
+    try:
+        for text in urls:
+            tiers.append(Tier(text.partition("://")[0], open_backend(text)))
+        return LocalCache(Store(tiers, pool_bytes=pool_bytes, limits=limits), namespace, producer)
+    except BaseException:
+        for tier in tiers:
+            tier.backend.close(1.0)
+        raise

@@ -1,0 +1,598 @@
+"""The one shell around the core: the pool's memory, the tiers, their threads and deadlines, checksums and codecs.
+
+Calls of adapters run in their own threads and never wait for a tier; tiers are served by I/O threads of their own, so
+that a slow one delays nobody else. One lock guards the core; no backend is called and no byte copied under it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from lmcache_sdk.api import Bytes, Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
+from lmcache_sdk.backend import Backend, Item, Miss, Scan, Usage
+from lmcache_sdk.codecs import Codec, RawCodec, codec_by_name
+from lmcache_sdk.core import (
+    Action,
+    Core,
+    DeleteRecords,
+    Entry,
+    EntryState,
+    Job,
+    JobKind,
+    Limits,
+    Probe,
+    Removed,
+    Request,
+    RequestState,
+    Resolved,
+    Space,
+    StartJob,
+)
+from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, RecordError, UnsupportedError
+from lmcache_sdk.extents import SEGMENT_SHIFT, Extents
+from lmcache_sdk.keys import Chain, Origin, manifest_key
+from lmcache_sdk.observe.logs import logger
+from lmcache_sdk.observe.metrics import Metrics
+from lmcache_sdk.pool import PrivatePool, extent_bytes, segment_sizes
+from lmcache_sdk.records import HEADER_BYTES, Header, RecordKey, check_record, checksum, read_header, write_header
+from lmcache_sdk.spec import Namespace, Part, Producer
+
+_log = logger("store")
+_T = TypeVar("_T")
+
+READERS_PER_TIER = 2
+_TICK_S = 0.1
+
+_STATES = {
+    RequestState.WALKING: LookupState.PENDING,
+    RequestState.PENDING: LookupState.PENDING,
+    RequestState.READY: LookupState.READY,
+    RequestState.MISS: LookupState.MISS,
+    RequestState.CLAIMED: LookupState.READY,
+}
+
+
+class Tier(NamedTuple):
+    """A backend in its place in the order of tiers.
+
+    Attributes:
+        name: in metrics and answers; unique in a store.
+        codec: of the records written; what is read says itself how it was encoded.
+    """
+
+    name: str
+    backend: Backend
+    codec: Codec = RawCodec()
+
+
+class OpenSpace:
+    """A namespace and producer that a store serves: the core's space, and how its records are named."""
+
+    def __init__(self, space: Space, namespace: Namespace, producer: Producer) -> None:
+        self.space = space
+        self.namespace = namespace
+        self.producer = producer
+        self.spec = namespace.spec
+        self.payload_bytes = tuple(cell.nbytes for cell in self.spec.cells)
+        self._prefix = space.origin.prefix()
+        self._suffixes = [f"/{cell.group}/{cell.name}" for cell in self.spec.cells]
+
+    def keys(self, digest: bytes) -> list[str]:
+        """The key of every cell of a chunk."""
+        stem = self._prefix + digest.hex()
+        return [stem + suffix for suffix in self._suffixes]
+
+    def record_key(self, digest: bytes, cell: int) -> RecordKey:
+        described = self.spec.cells[cell]
+        return RecordKey(self.space.origin, digest, described.group, described.name)
+
+
+class _Worker:
+    """A queue and the threads that empty it. A task must not raise; one that does is logged, the thread lives on."""
+
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"lmcache-{name}-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        self._tasks.put(task)
+
+    def stop(self, deadline: float) -> bool:
+        """End the threads after what is queued; False if one is still busy at the deadline."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except Exception:
+                _log.exception("a task of %s failed", threading.current_thread().name)
+
+
+class Store:
+    """A pool over tiers.
+
+    Args:
+        tiers: fastest first. They are closed with the store.
+        pool_bytes: host memory for chunks.
+        limits: deadlines and bounds.
+
+    Raises:
+        ConfigError: two tiers of one name, or a pool too small.
+        UnsupportedError: a lossy codec.
+    """
+
+    def __init__(self, tiers: Sequence[Tier] = (), *, pool_bytes: int = 1 << 30, limits: Limits | None = None) -> None:
+        if len({tier.name for tier in tiers}) != len(tiers):
+            raise ConfigError(f"tiers need different names, got {', '.join(tier.name for tier in tiers)}")
+        for tier in tiers:
+            if not tier.codec.lossless:
+                raise UnsupportedError(f"codec {tier.codec.name!r} is lossy, which is not served yet")
+        sizes = segment_sizes(pool_bytes)
+        self.pool = PrivatePool(sizes)
+        self.metrics = Metrics()
+        self.boot = uuid.uuid4().hex
+        self.tiers = list(tiers)
+        self._core = Core(
+            Extents(sizes), [(tier.name, tier.backend.instant) for tier in tiers], limits=limits, seal=bool(tiers)
+        )
+        self._spaces: dict[Space, OpenSpace] = {}
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._tasks = 0  # writes that are no jobs: manifests, deletions
+        self._closed = False
+        self._stop = threading.Event()
+        self._busy = threading.Event()
+        self._sealer = _Worker("seal")
+        self._readers = [_Worker(f"{tier.name}-read", READERS_PER_TIER) for tier in tiers]
+        self._writers = [_Worker(f"{tier.name}-write") for tier in tiers]
+        self._timer = threading.Thread(target=self._keep_time, name="lmcache-timer", daemon=True)
+        self._timer.start()
+
+    # For adapters, through a Cache
+
+    def open_space(self, namespace: Namespace, producer: Producer) -> OpenSpace:
+        """Serve a namespace and producer; writes their descriptions to the tiers in the background.
+
+        Raises:
+            ConfigError: one chunk does not fit the pool.
+        """
+        spec = namespace.spec
+        spec.validate()
+        sizes = [extent_bytes(cell.nbytes) for cell in spec.cells]
+        if sum(sizes) > max(self.pool.sizes):
+            raise ConfigError(
+                f"one chunk has {sum(sizes)} bytes, the pool {sum(self.pool.sizes)}; "
+                f"raise pool_bytes or lower chunk_tokens ({spec.chunk_tokens})"
+            )
+        with self._lock:
+            space = self._core.open_space(Origin(namespace.id, producer.id), sizes)
+            opened = self._spaces.get(space)
+            if opened is None:
+                opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+        manifests = {
+            manifest_key(namespace.id): msgspec.json.encode(namespace),
+            manifest_key(f"{namespace.id}/{producer.id}"): msgspec.json.encode(producer),
+        }
+        items = [Item(key, memoryview(text)) for key, text in manifests.items()]
+        for index in range(len(self.tiers)):
+            self._write_task(index, lambda backend: backend.put(items))
+        return opened
+
+    def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True) -> Lookup:
+        if chain.chunk_tokens != opened.spec.chunk_tokens:
+            return Lookup(LookupState.MISS, why=f"chunks of {chain.chunk_tokens} tokens, not {opened.spec.chunk_tokens}")
+        if self._closed:
+            return Lookup(LookupState.MISS, why="closed")
+        request = self._event(
+            lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch)
+        )
+        return self._answer(request)
+
+    def wait(self, rid: str, timeout_s: float) -> Lookup:
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            request = self._core.requests.get(rid)
+            if request is None:
+                return Lookup(LookupState.MISS, why="no such request")
+            while _STATES[request.state] is LookupState.PENDING:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+        if _STATES[request.state] is LookupState.PENDING:
+            self._event(lambda: self._core.hurry(rid, time.monotonic()))
+        return self._answer(request)
+
+    def claim(self, rid: str, boundary: int, first: int, parts: int) -> Ticket | None:
+        claimed = self._event(lambda: self._core.claim(rid, boundary, first, parts))
+        if claimed is None:
+            return None
+        lease, entries = claimed
+        origin = entries[0].space.origin
+        return Ticket(
+            lease=lease,
+            boot=self.boot,
+            cells=tuple(range(len(entries[0].extents))),
+            extents=_places([address for entry in entries for address in entry.extents]),
+            first=first,
+            boundary=boundary,
+            parts=parts,
+            fidelity=origin.fidelity,
+        )
+
+    def release(self, ticket: Ticket, part: int) -> None:
+        if ticket.boot == self.boot:
+            self._event(lambda: self._core.release(ticket.lease, part))
+
+    def forget(self, rid: str) -> None:
+        self._event(lambda: self._core.forget(rid))
+
+    def reserve(self, opened: OpenSpace, chain: Chain, first: int, count: int, part: Part) -> Reservation | None:
+        if self._closed or chain.chunk_tokens != opened.spec.chunk_tokens:
+            return None
+        cells = opened.spec.cells_of(part)
+        answer = self._event(lambda: self._core.reserve(opened.space, chain, first, count, cells))
+        if answer is None:
+            return None
+        lease, reserved = answer
+        addresses = []
+        for number, entry in reserved.entries.items():
+            mine = reserved.cells[number]
+            # A cell that somebody else writes, or has written, has no place in this reservation.
+            addresses += [entry.extents[cell] if cell in mine else None for cell in cells]
+        return Reservation(
+            lease=lease, boot=self.boot, cells=cells, extents=_places(addresses), chunks=tuple(reserved.entries)
+        )
+
+    def publish(self, reservation: Reservation, chunks: Sequence[int] | None) -> None:
+        if reservation.boot == self.boot:
+            self._event(lambda: self._core.publish(reservation.lease, chunks, time.monotonic()))
+
+    def abort(self, reservation: Reservation) -> None:
+        if reservation.boot == self.boot:
+            self._event(lambda: self._core.abort(reservation.lease))
+
+    def pin(self, opened: OpenSpace, chain: Chain, ttl_s: float) -> int:
+        return self._event(lambda: self._core.pin(opened.space, chain, time.monotonic() + ttl_s))
+
+    def delete(self, opened: OpenSpace, chain: Chain) -> int:
+        return self._event(lambda: self._core.delete(opened.space, chain))
+
+    def clear(self, opened: OpenSpace) -> int:
+        """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
+        prefix = opened.space.origin.prefix()
+
+        def clear_tier(backend: Backend) -> None:
+            if isinstance(backend, Scan):
+                backend.delete([stat.key for stat in backend.scan(prefix)])
+
+        removed = self._event(lambda: self._core.clear(opened.space))
+        for index in range(len(self.tiers)):
+            self._write_task(index, clear_tier)
+        return removed
+
+    def stats(self) -> Stats:
+        with self._lock:
+            extents = self._core.extents
+            pool = PoolStats(
+                extents.total_bytes,
+                extents.free_bytes,
+                extents.used_bytes,
+                extents.quarantined_bytes,
+                extents.largest_free_bytes,
+            )
+            chunks = sum(len(space.entries) for space in self._core.spaces.values())
+            leases = len(self._core.leases)
+            breakers = [state.breaker.state for state in self._core.tiers]
+            counters = {f"core.{name}": float(value) for name, value in self._core.counters.items()}
+        for state in ("free", "used", "quarantined"):
+            self.metrics.pool_bytes.labels(state).set(getattr(pool, f"{state}_bytes"))
+        self.metrics.leases.set(leases)
+        tiers = []
+        for tier, breaker in zip(self.tiers, breakers, strict=True):
+            usage = tier.backend.usage() if isinstance(tier.backend, Usage) and not self._closed else None
+            numbers = (usage.records, usage.used_bytes, usage.capacity_bytes) if usage else (0, 0, 0)
+            tiers.append(TierStats(tier.name, *numbers, breaker))
+        return Stats(pool, chunks, leases, tuple(tiers), self.metrics.values() | counters)
+
+    def drain(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            while self._tasks or any(job.kind is not JobKind.FETCH for job in self._core.jobs.values()):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        if self._closed:
+            return
+        deadline = time.monotonic() + timeout_s
+        if not self.drain(timeout_s):
+            _log.warning("closed before everything had reached the tiers (waited %.1f s)", timeout_s)
+        self._closed = True
+        self._stop.set()
+        self._busy.set()
+        self._timer.join()
+        for worker in (self._sealer, *self._readers, *self._writers):
+            worker.stop(deadline)
+        for tier in self.tiers:
+            try:
+                tier.backend.close(max(0.1, deadline - time.monotonic()))
+            except BackendError as error:
+                _log.warning("closing %s: %s", tier.name, error)
+
+    def check_integrity(self) -> None:
+        with self._lock:
+            self._core.check_integrity()
+
+    # The core's actions
+
+    def _event(self, call: Callable[[], _T]) -> _T:
+        """Give the core an event and carry out what it answers."""
+        with self._lock:
+            answer = call()
+            core = self._core
+            actions, core.actions = core.actions, []
+            if actions:
+                self._changed.notify_all()
+            if core.jobs or core.requests or core.pins:
+                self._busy.set()
+        for action in actions:
+            self._carry_out(action)
+        return answer
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case StartJob(job):
+                if job.kind is JobKind.SEAL:
+                    self._sealer.submit(lambda: self._run(job, self._seal))
+                elif job.kind is JobKind.FETCH:
+                    self._readers[job.tier].submit(lambda: self._run(job, self._fetch))
+                else:
+                    self._writers[job.tier].submit(lambda: self._run(job, self._put))
+            case Probe():
+                if self.tiers[action.tier].backend.instant:
+                    self._probe(action)
+                else:
+                    self._readers[action.tier].submit(lambda: self._probe(action))
+            case Resolved(request):
+                self._count(request)
+            case Removed(_, _, reason):
+                self.metrics.chunks.labels(f"removed_{reason}").inc()
+            case DeleteRecords(origin, digests):
+                self._delete_records(origin, digests)
+
+    def _run(self, job: Job, work: Callable[[Job], list[bool]]) -> None:
+        """One job, in a worker's thread. Whatever happens, the core is told that it has ended."""
+        results, failed = [False] * len(job.entries), False
+        try:
+            if not job.abandoned:
+                results = work(job)
+        except BackendFull as error:
+            self._tier_error(job.tier, error)
+        except Exception as error:  # a backend is other people's code: it must not end the thread, nor hang the request
+            failed = True
+            self._tier_error(job.tier, error)
+        self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
+        with self._lock:
+            self._changed.notify_all()
+
+    def _tier_error(self, tier: int, error: Exception) -> None:
+        name = self.tiers[tier].name if tier >= 0 else "pool"
+        self.metrics.tier_errors.labels(name, type(error).__name__).inc()
+        _log.warning("%s: %s: %s", name, type(error).__name__, error, exc_info=not isinstance(error, BackendError))
+
+    def _probe(self, probe: Probe) -> None:
+        request, backend = probe.request, self.tiers[probe.tier].backend
+        opened = self._spaces[request.space]
+        cells = len(opened.payload_bytes)
+        count, step, failed = 0, 8, False
+        try:
+            while (at := probe.start + count) < request.length:
+                digests = request.chain.digests(at + step)[at:]
+                keys = [key for digest in digests for key in opened.keys(digest)]
+                present = backend.prefix_len(keys) // cells
+                count += present
+                if present < len(digests):
+                    break
+                step *= 4
+        except Exception as error:
+            failed = True
+            self._tier_error(probe.tier, error)
+        self._event(lambda: self._core.probed(request, probe.tier, count, time.monotonic(), failed=failed))
+
+    def _fetch(self, job: Job) -> list[bool]:
+        """Read records into their extents and check them; a record that does not check out is removed from its tier."""
+        tier = self.tiers[job.tier]
+        wanted = [(entry, cell) for entry in job.entries for cell in range(len(entry.extents))]
+        opened = self._spaces[job.entries[0].space]
+        keys = [key for entry in job.entries for key in opened.keys(entry.digest)]
+        records = [self._record(entry, cell, opened) for entry, cell in wanted]
+        if tier.codec.identity:
+            buffers = records
+        else:
+            buffers = [
+                memoryview(bytearray(HEADER_BYTES + tier.codec.max_encoded(len(record) - HEADER_BYTES)))
+                for record in records
+            ]
+        started = time.perf_counter()
+        lengths = tier.backend.get(keys, buffers)
+        broken, good, nbytes = [], [], 0
+        for (entry, cell), key, record, buffer, length in zip(wanted, keys, records, buffers, lengths, strict=True):
+            if isinstance(length, Miss):
+                good.append(False)
+                if length is Miss.TOO_LARGE:
+                    broken.append((key, "length"))
+                continue
+            try:
+                self._accept(opened, entry, cell, record, buffer[:length])
+                good.append(True)
+                nbytes += length
+            except RecordError as error:
+                _log.warning("%s: broken record %s: %s", tier.name, key, error)
+                broken.append((key, error.reason))
+                good.append(False)
+        self._observe(tier.name, "read", nbytes, started)
+        for _, reason in broken:
+            self.metrics.record_failures.labels(tier.name, reason).inc()
+        if broken:
+            tier.backend.delete([key for key, _ in broken])
+        cells = len(opened.payload_bytes)
+        return [all(good[at : at + cells]) for at in range(0, len(good), cells)]
+
+    def _accept(
+        self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview, received: memoryview
+    ) -> None:
+        """Check what a tier gave; decode it into the extent if it is encoded."""
+        key = opened.record_key(entry.digest, cell)
+        header = check_record(received, key, opened.payload_bytes[cell])
+        if header.codec == RawCodec.name and received.obj is record.obj:
+            return
+        payload = record[HEADER_BYTES:]
+        try:
+            codec = codec_by_name(header.codec)
+            if not codec.lossless:
+                raise RecordError("codec", f"codec {codec.name!r} is lossy, the key says {key.origin.fidelity}")
+            encoded = received[HEADER_BYTES:]
+            codec.decode(encoded if received.obj is not record.obj else memoryview(bytes(encoded)), payload)
+        except (ConfigError, ValueError) as error:
+            raise RecordError("codec", f"cannot decode {header.codec!r}: {error}") from error
+        self._write_header(opened, entry, cell, record)
+
+    def _seal(self, job: Job) -> list[bool]:
+        """Take the checksums: fill the room in front of every payload with its header."""
+        opened = self._spaces[job.entries[0].space]
+        for entry in job.entries:
+            for cell in range(len(entry.extents)):
+                self._write_header(opened, entry, cell, self._record(entry, cell, opened))
+        return [True] * len(job.entries)
+
+    def _put(self, job: Job) -> list[bool]:
+        tier = self.tiers[job.tier]
+        opened = self._spaces[job.entries[0].space]
+        alive = [entry.state is not EntryState.DEAD for entry in job.entries]
+        items = []
+        for entry, wanted in zip(job.entries, alive, strict=True):
+            if wanted:
+                for cell, key in enumerate(opened.keys(entry.digest)):
+                    record = self._record(entry, cell, opened)
+                    items.append(Item(key, record if tier.codec.identity else self._encode(tier.codec, record)))
+        started = time.perf_counter()
+        tier.backend.put(items)
+        self._observe(tier.name, "write", sum(len(item.data) for item in items), started)
+        return alive
+
+    def _encode(self, codec: Codec, record: memoryview) -> memoryview:
+        """A record of its own with the payload encoded."""
+        payload = record[HEADER_BYTES:]
+        out = memoryview(bytearray(HEADER_BYTES + codec.max_encoded(len(payload))))
+        length = codec.encode(payload, out[HEADER_BYTES:])
+        encoded = out[: HEADER_BYTES + length]
+        encoded[:HEADER_BYTES] = record[:HEADER_BYTES]
+        header = read_header(encoded)
+        write_header(
+            encoded,
+            header._replace(
+                codec=codec.name, stored_bytes=length, payload_checksum=checksum(encoded[HEADER_BYTES:])
+            ),
+        )
+        return encoded
+
+    def _record(self, entry: Entry, cell: int, opened: OpenSpace) -> memoryview:
+        address = entry.extents[cell]
+        assert address is not None
+        return self.pool.record(address, HEADER_BYTES + opened.payload_bytes[cell])
+
+    def _write_header(self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview) -> None:
+        nbytes = len(record) - HEADER_BYTES
+        header = Header(
+            key=opened.record_key(entry.digest, cell),
+            token_count=opened.spec.chunk_tokens,
+            first_position=entry.first_position,
+            codec=RawCodec.name,
+            codec_parameter=0,
+            logical_bytes=nbytes,
+            stored_bytes=nbytes,
+            payload_checksum=checksum(record[HEADER_BYTES:]),
+        )
+        write_header(record, header)
+
+    def _delete_records(self, origin: Origin, digests: Sequence[bytes]) -> None:
+        with self._lock:
+            opened = self._spaces[self._core.spaces[origin]]
+        keys = [key for digest in digests for key in opened.keys(digest)]
+        for index in range(len(self.tiers)):
+            self._write_task(index, lambda backend: backend.delete(keys))
+
+    def _write_task(self, tier: int, task: Callable[[Backend], object]) -> None:
+        """Something else for a tier's writer, in order with its puts."""
+
+        def run() -> None:
+            try:
+                task(self.tiers[tier].backend)
+            except Exception as error:
+                self._tier_error(tier, error)
+            finally:
+                with self._lock:
+                    self._tasks -= 1
+                    self._changed.notify_all()
+
+        with self._lock:
+            self._tasks += 1
+        self._writers[tier].submit(run)
+
+    def _keep_time(self) -> None:
+        """Tick while there is anything that can expire; sleep while there is not."""
+        while not self._stop.wait(_TICK_S):
+            self._busy.wait()
+            with self._lock:
+                self._busy.clear()
+            self._event(lambda: self._core.tick(time.monotonic()))
+
+    def _answer(self, request: Request) -> Lookup:
+        state = _STATES[request.state]
+        if state is not LookupState.READY:
+            return Lookup(state, why=request.why)
+        sources = request.sources([tier.name for tier in self.tiers])
+        return Lookup(state, range(1, request.limit + 1), request.why, sources)
+
+    def _count(self, request: Request) -> None:
+        chunk_tokens = request.chain.chunk_tokens
+        self.metrics.lookups.labels("hit" if request.limit else "miss").inc()
+        for source, chunks in request.sources([tier.name for tier in self.tiers]).items():
+            self.metrics.lookup_tokens.labels(source).inc(chunks * chunk_tokens)
+        self.metrics.lookup_tokens.labels("none").inc((request.length - request.limit) * chunk_tokens)
+
+    def _observe(self, tier: str, direction: str, nbytes: int, started: float) -> None:
+        self.metrics.tier_bytes.labels(tier, direction).inc(nbytes)
+        self.metrics.tier_seconds.labels(tier, direction).observe(time.perf_counter() - started)
+
+
+def _places(addresses: Sequence[int | None]) -> bytes:
+    """Addresses of extents as int64 [n, 2]: segment, offset of the payload; segment -1 where there is none."""
+    flat = np.array([-1 if address is None else address for address in addresses], dtype="<i8")
+    places = np.empty((len(flat), 2), dtype="<i8")
+    places[:, 0] = flat >> SEGMENT_SHIFT
+    places[:, 1] = (flat & ((1 << SEGMENT_SHIFT) - 1)) + HEADER_BYTES
+    return places.tobytes()
+
+
+__all__ = ["Bytes", "Limits", "OpenSpace", "Store", "Tier"]

@@ -1,0 +1,290 @@
+"""A seeded world around the core: tiers that fail, forget and answer late, engines that come and go, a small pool.
+
+The pool's memory is modelled as address -> what was last written there, so that a use of memory under a lease by
+somebody else shows as wrong content.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from lmcache_sdk.core import (
+    Core,
+    DeleteRecords,
+    Entry,
+    EntryState,
+    Job,
+    JobKind,
+    Limits,
+    Probe,
+    Request,
+    RequestState,
+    Reserved,
+    Resolved,
+    StartJob,
+)
+from lmcache_sdk.extents import Extents
+from lmcache_sdk.keys import Chain, Origin
+
+CHUNK = 2
+
+
+@dataclass
+class Leased:
+    id: int
+    parts: set[int]
+    contents: list[tuple[int, tuple[bytes, int]]]  # address -> (digest, cell) that must be there
+
+
+class Simulator:
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        r = self.random
+        self.now = 0.0
+        sizes = [r.choice([640, 1024, 4096]) for _ in range(r.randint(1, 3))]
+        tiers = [(f"tier{i}", r.random() < 0.5) for i in range(r.randint(0, 3))]
+        limits = Limits(
+            hold_s=r.choice([1.0, 20.0]), fetch_s=2.0, put_s=4.0, batch_bytes=r.choice([1, 600]), queue_bytes=0
+        )
+        self.core = Core(Extents(sizes), tiers, limits=limits, seal=bool(tiers) or r.random() < 0.5)
+        cells = [[64], [64, 64], [64, 192]]
+        self.spaces = [
+            self.core.open_space(Origin(f"{i:032x}", f"{i:016x}"), r.choice(cells)) for i in range(r.randint(1, 2))
+        ]
+        self.tiers: list[set[tuple[Origin, bytes]]] = [set() for _ in tiers]
+        for tier in self.tiers:  # what an earlier life has left
+            for space in self.spaces:
+                for _ in range(r.randint(0, 4)):
+                    tier.update((space.origin, digest) for digest in self.chain().digests())
+        self.memory: dict[int, tuple[bytes, int] | None] = {}
+        self.jobs: list[Job] = []
+        self.probes: list[Probe] = []
+        self.reservations: list[tuple[int, Reserved, tuple[int, ...]]] = []
+        self.leases: list[Leased] = []
+        self.rids: list[str] = []
+        self.resolved: set[Request] = set()
+
+    def chain(self) -> Chain:
+        """Prefixes of few texts that share beginnings."""
+        r = self.random
+        tokens = [0] * (CHUNK * r.randint(0, 3)) + [r.randint(1, 2)] * (CHUNK * r.randint(0, 6))
+        if r.random() < 0.1:
+            digests = Chain(tokens, CHUNK).digests()
+            return Chain.from_digests(digests[r.randint(0, len(digests)) :], CHUNK)
+        return Chain(tokens, CHUNK)
+
+    def step(self) -> None:
+        r = self.random
+        action = r.choice(
+            [self.lookup] * 5
+            + [self.claim] * 4
+            + [self.store] * 5
+            + [self.finish_store] * 5
+            + [self.finish_job] * 8
+            + [self.answer_probe] * 8
+            + [self.release, self.release, self.forget, self.hurry, self.time, self.time, self.delete, self.pin, self.lose]
+        )
+        action()
+        self.carry_out()
+        self.check()
+
+    def carry_out(self) -> None:
+        for action in self.core.actions:
+            if isinstance(action, StartJob):
+                self.jobs.append(action.job)
+            elif isinstance(action, Probe):
+                self.probes.append(action)
+            elif isinstance(action, DeleteRecords):
+                for tier in self.tiers:
+                    tier.difference_update((action.origin, digest) for digest in action.digests)
+            elif isinstance(action, Resolved):
+                assert action.request not in self.resolved, "resolved twice"
+                self.resolved.add(action.request)
+        self.core.actions.clear()
+
+    def check(self) -> None:
+        self.core.check_integrity()
+        awaited = {entry for job in self.core.jobs.values() if not job.abandoned for entry in job.entries}
+        for space in self.spaces:
+            for entry in space.entries.values():
+                assert entry.state is not EntryState.LOADING or entry in awaited, "nobody will ever load this"
+        for lease in self.leases:
+            for address, content in lease.contents:
+                assert self.memory.get(address) == content, f"lease {lease.id}: other bytes at {address:#x}"
+
+    # What engines do
+
+    def lookup(self) -> None:
+        rid = f"r{self.random.randint(0, 5)}"
+        self.rids.append(rid)
+        space = self.random.choice(self.spaces)
+        request = self.core.lookup(space, rid, self.chain(), self.now, prefetch=self.random.random() < 0.9)
+        again = self.core.lookup(space, rid, request.chain, self.now)
+        assert again is request, "a repeated lookup is answered from memory"
+
+    def claim(self) -> None:
+        ready = [q for q in self.core.requests.values() if q.state is RequestState.READY]
+        if not ready:
+            assert self.core.claim("nobody", 1, 0, 1) is None
+            return
+        request = self.random.choice(ready)
+        boundary = self.random.randint(1, request.limit + 1)
+        first, parts = self.random.randint(0, boundary), self.random.randint(1, 2)
+        claimed = self.core.claim(request.rid, boundary, first, parts)
+        if claimed is None:
+            return
+        lease, entries = claimed
+        assert len(entries) == boundary - first
+        digests = request.chain.digests(boundary)[first:]
+        contents = []
+        for entry, digest in zip(entries, digests, strict=True):
+            for cell, address in enumerate(entry.extents):
+                assert address is not None
+                contents.append((address, (digest, cell)))
+        self.leases.append(Leased(lease, set(range(parts)), contents))
+
+    def release(self) -> None:
+        if not self.leases:
+            return
+        lease = self.random.choice(self.leases)
+        part = self.random.choice([0, 1])
+        self.core.release(lease.id, part)
+        self.core.release(lease.id, part)
+        lease.parts.discard(part)
+        if not lease.parts:
+            self.leases.remove(lease)
+
+    def forget(self) -> None:
+        self.core.forget(f"r{self.random.randint(0, 5)}")
+
+    def hurry(self) -> None:
+        rid = f"r{self.random.randint(0, 5)}"
+        self.core.hurry(rid, self.now)
+        request = self.core.requests.get(rid)
+        assert request is None or request.state not in (RequestState.WALKING, RequestState.PENDING)
+
+    def store(self) -> None:
+        r = self.random
+        space, chain = r.choice(self.spaces), self.chain()
+        cells = tuple(range(len(space.cell_bytes)))
+        if r.random() < 0.3:
+            cells = (r.choice(cells),)
+        first = r.randint(0, max(0, len(chain) - 1)) if r.random() < 0.3 else 0
+        answer = self.core.reserve(space, chain, first, r.randint(0, 9), cells)
+        if answer is not None:
+            number, reserved = answer
+            for chunk, entry in reserved.entries.items():
+                assert entry.digest == chain.digests()[chunk]
+                self.write(entry, reserved.cells[chunk], good=False)
+            self.reservations.append((number, reserved, cells))
+
+    def finish_store(self) -> None:
+        if not self.reservations:
+            return
+        at = self.random.randrange(len(self.reservations))
+        number, reserved, _ = self.reservations.pop(at)
+        for chunk, entry in reserved.entries.items():
+            self.write(entry, reserved.cells[chunk], good=True)
+        kind = self.random.randint(0, 3)
+        if kind == 0:
+            self.core.abort(number)
+        elif kind == 1:
+            some = [chunk for chunk in reserved.entries if self.random.random() < 0.7]
+            self.core.publish(number, some, self.now)
+        else:
+            self.core.publish(number, None, self.now)
+        self.core.abort(number)
+
+    def write(self, entry: Entry, cells: tuple[int, ...], *, good: bool) -> None:
+        for cell in cells:
+            address = entry.extents[cell]
+            if address is not None:
+                self.memory[address] = (entry.digest, cell) if good else None
+
+    def delete(self) -> None:
+        space = self.random.choice(self.spaces)
+        if self.random.random() < 0.05:
+            self.core.clear(space)
+        else:
+            self.core.delete(space, self.chain())
+
+    def pin(self) -> None:
+        self.core.pin(self.random.choice(self.spaces), self.chain(), self.now + self.random.choice([0.5, 5.0]))
+
+    # What tiers and time do
+
+    def answer_probe(self) -> None:
+        if not self.probes:
+            return
+        probe = self.probes.pop(self.random.randrange(len(self.probes)))
+        request = probe.request
+        if self.random.random() < 0.1:
+            self.core.probed(request, probe.tier, 0, self.now, failed=True)
+            return
+        count = 0
+        for digest in request.chain.digests()[probe.start :]:
+            if (request.space.origin, digest) not in self.tiers[probe.tier]:
+                break
+            count += 1
+        if self.random.random() < 0.1:
+            count = self.random.randint(0, 20)  # a tier that promises what it does not have
+        self.core.probed(request, probe.tier, count, self.now)
+
+    def finish_job(self) -> None:
+        if not self.jobs:
+            return
+        job = self.jobs.pop(self.random.randrange(len(self.jobs)))
+        trouble = self.random.random() < 0.15
+        results = []
+        for entry in job.entries:
+            origin = entry.space.origin
+            ok = not trouble and self.random.random() < 0.95
+            if job.kind is JobKind.FETCH:
+                ok = ok and (origin, entry.digest) in self.tiers[job.tier]
+                # A call may have written into its buffers whether it succeeds or not, and however late it returns.
+                self.write(entry, tuple(range(len(entry.extents))), good=ok)
+            else:
+                for cell, address in enumerate(entry.extents):
+                    assert address is not None
+                    assert self.memory[address] == (entry.digest, cell), "a tier was given other bytes"
+                if ok and job.kind is JobKind.PUT and entry.state is not EntryState.DEAD:
+                    self.tiers[job.tier].add((origin, entry.digest))
+            results.append(ok)
+        self.core.job_done(job, results, self.now, failed=trouble)
+
+    def time(self) -> None:
+        self.now += self.random.choice([0.1, 1.0, 3.0])
+        self.core.tick(self.now)
+
+    def lose(self) -> None:
+        for tier in self.tiers:
+            if tier and self.random.random() < 0.3:
+                tier.discard(self.random.choice(sorted(tier, key=lambda item: (item[0].namespace, item[1]))))
+
+    def finish(self) -> None:
+        """Everybody goes home: all memory must come back."""
+        while self.jobs or self.probes or self.reservations:
+            self.finish_job()
+            self.answer_probe()
+            self.finish_store()
+            self.carry_out()
+            self.check()
+        for lease in self.leases:
+            for part in lease.parts:
+                self.core.release(lease.id, part)
+        self.leases.clear()
+        for rid in list(self.core.requests):
+            self.core.forget(rid)
+        self.core.tick(self.now + 1e6)
+        for space in self.spaces:
+            self.core.clear(space)
+            for entry in list(space.entries.values()):
+                assert entry.state is EntryState.RESERVED, "only half-written chunks are left by clear"
+        self.carry_out()
+        self.check()
+        left = [entry for space in self.spaces for entry in space.entries.values()]
+        assert not self.core.leases and not self.core.reservations and not self.core.jobs
+        assert self.core.extents.quarantined_bytes == 0
+        used = sum(self.core.extents.size_of(a) for entry in left for a in entry.extents if a is not None)
+        assert self.core.extents.used_bytes == used

@@ -1,0 +1,185 @@
+"""The CPU kernels pass the public suite; the choice of a package; paths that small memory does not reach."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcache_sdk.errors import LayoutError
+from lmcache_sdk.kernels import CPUKernels, Kernels, describe_kernels, kernels_for
+from lmcache_sdk.layout import KVLayout, Plane, Strides
+from lmcache_sdk.testing.kernels import KernelTests, pairwise_cases
+
+
+class TestCPUKernels(KernelTests):
+    @pytest.fixture
+    def kernels(self) -> Kernels:
+        return kernels_for("cpu")
+
+
+def test_the_pairwise_plan_is_repeatable_and_small():
+    assert pairwise_cases(3) == pairwise_cases(3)
+    assert len(pairwise_cases()) < 400
+
+
+@st.composite
+def stride_tables(draw):
+    """Any nesting of the four axes, with room anywhere."""
+    itemsize = draw(st.sampled_from([1, 2, 4]))
+    sizes = [draw(st.integers(1, limit)) for limit in (4, 5, 4, 9)]
+    strides, extent = [0] * 4, itemsize
+    for axis in draw(st.permutations(range(4))):
+        strides[axis] = extent + itemsize * draw(st.sampled_from([0, 0, 1, 7, 64]))
+        extent = strides[axis] * sizes[axis]
+    return itemsize, sizes, strides, extent
+
+
+@settings(max_examples=150)
+@given(stride_tables(), st.integers(1, 5), st.data())
+def test_any_stride_table(tabled, count, data):
+    itemsize, (pages, page, heads, dim), strides, extent = tabled
+    rng = np.random.default_rng(0)
+    gap = data.draw(st.sampled_from([0, 64, 4096])) // itemsize * itemsize
+    memory = rng.integers(0, 256, count * (extent + gap) + 8, np.uint8)
+    start = -memory.ctypes.data % 8
+    views, planes = [], []
+    for n in range(count):
+        view = np.ndarray(
+            (pages, page, heads, dim), f"u{itemsize}", memory, start + n * (extent + gap), tuple(strides)
+        )
+        views.append(view)
+        dtype = {1: "uint8", 2: "bfloat16", 4: "float32"}[itemsize]
+        axes = ("page", "token", "head", "dim")
+        planes.append(Plane.of(view, axes, group="g", layer=n, role="latent", dtype=dtype))
+    layout = KVLayout(tuple(planes))
+    slots = np.array(
+        data.draw(st.lists(st.integers(0, pages * page - 1), min_size=1, max_size=20, unique=True))
+    )
+    first = data.draw(st.integers(0, heads - 1))
+    end = data.draw(st.integers(first + 1, heads))
+    chunk = np.zeros(count * slots.size * (end - first) * dim * itemsize, np.uint8)
+    kernels = CPUKernels()
+    plan = kernels.plan(layout, slots)
+    kernels.gather(layout.planes_of("g", range(count)), (first, end), plan, chunk)
+    got = chunk.view(f"u{itemsize}").reshape(count, slots.size, end - first, dim)
+    for view, plane in zip(views, got, strict=True):
+        assert np.array_equal(plane, view[slots // page, slots % page, first:end])
+    expected = memory.copy()
+    chunk[:] = rng.integers(0, 256, chunk.size, np.uint8)
+    for n, plane in enumerate(got):
+        view = np.ndarray(
+            (pages, page, heads, dim), f"u{itemsize}", expected, start + n * (extent + gap), tuple(strides)
+        )
+        # `expected` may lie at another alignment; only its offsets matter.
+        view[slots // page, slots % page, first:end] = plane
+    kernels.scatter(layout.planes_of("g", range(count)), (first, end), plan, chunk)
+    assert np.array_equal(memory, expected)
+
+
+@pytest.mark.parametrize("shape", [(20, 16, 8, 128), (40, 16, 8, 16)], ids=["one call", "plane by plane"])
+@pytest.mark.parametrize("axes", [("page", "token", "head", "dim"), ("page", "head", "token", "dim")])
+def test_many_planes(shape, axes):
+    """Enough units for both ways to walk over planes."""
+    pages, page, heads, dim = shape
+    rng = np.random.default_rng(1)
+    sizes = {"page": pages, "token": page, "head": heads, "dim": dim}
+    arrays = [rng.integers(0, 2**16, [sizes[a] for a in axes], np.uint16) for _ in range(40)]
+    layout = KVLayout(
+        tuple(
+            Plane.of(a, axes, group="g", layer=n // 2, role="kv"[n % 2], dtype="float16")
+            for n, a in enumerate(arrays)
+        )
+    )
+    slots = np.add.outer(rng.permutation(pages)[:16] * page, np.arange(page)).reshape(-1)
+    views = [a.transpose([axes.index(x) for x in ("page", "token", "head", "dim")]) for a in arrays]
+    expected = np.stack([v[slots // page, slots % page] for v in views])
+    chunk = np.zeros(expected.nbytes, np.uint8)
+    kernels, planes = CPUKernels(), layout.planes_of("g", range(20))
+    plan = kernels.plan(layout, slots)
+    kernels.gather(planes, (0, heads), plan, chunk)
+    assert np.array_equal(chunk.view(np.uint16).reshape(expected.shape), expected)
+    before = [a.copy() for a in arrays]
+    for view in views:
+        view[slots // page, slots % page] = 0
+    kernels.scatter(planes, (0, heads), plan, chunk)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+def test_threads_share_one_plan():
+    rng = np.random.default_rng(2)
+    array = rng.integers(0, 2**16, (2, 64, 16, 2, 32), np.uint16)
+    axes = ("page", "token", "head", "dim")
+    layout = KVLayout(
+        tuple(
+            Plane.of(array[n], axes, group="g", layer=0, role=r, dtype="bfloat16") for n, r in enumerate("kv")
+        )
+    )
+    kernels, slots = CPUKernels(), rng.permutation(1024)
+    plan = kernels.plan(layout, slots)
+    expected = array.reshape(2, 1024, 2, 32)[:, slots].reshape(-1).view(np.uint8)
+    wrong = []
+
+    def run() -> None:
+        chunk = np.zeros(expected.size, np.uint8)
+        for _ in range(20):
+            chunk[:] = 0
+            kernels.gather(layout.planes_of("g", [0]), (0, 2), plan, chunk)
+            if not np.array_equal(chunk, expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+
+
+def test_a_misaligned_base_is_copied_right_all_the_same():
+    """Validation refuses it; the kernels do not depend on that."""
+    memory = np.arange(200, dtype=np.uint8)
+    base = memory.ctypes.data + 1
+    plane = Plane("g", 0, "latent", base, 3, 4, 1, 4, "float32", Strides(64, 16, 0, 4), memory)
+    chunk = np.zeros(32, np.uint8)
+    layout = KVLayout((plane,))
+    kernels = CPUKernels()
+    kernels.gather(layout.planes, (0, 1), kernels.plan(layout, [1, 5]), chunk)
+    assert np.array_equal(chunk, np.r_[memory[17:33], memory[81:97]])
+
+
+@pytest.mark.parametrize(
+    ("device", "package"),
+    [("cuda:0", "lmcache-kernels-cuda"), ("npu:1", "lmcache-kernels-ascend"), ("tpu", "lmcache_sdk.kernels")],
+)
+def test_a_missing_package_is_named(device, package, monkeypatch):
+    monkeypatch.setattr("lmcache_sdk.kernels.entry_points", lambda group: ())
+    with pytest.raises(LayoutError, match=package):
+        kernels_for(device)
+    assert isinstance(kernels_for("cpu"), CPUKernels)
+
+
+def test_an_installed_package_is_found_and_only_it_is_imported(tmp_path, monkeypatch):
+    info = tmp_path / "fake_kernels-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-kernels\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(
+        "[lmcache_sdk.kernels]\nfakedev = fake_kernels:Fake\nbroken = no_such_module_here:Nothing\n"
+    )
+    (tmp_path / "fake_kernels.py").write_text(
+        "class Fake:\n    name = 'fake'\n    device_types = ('fakedev',)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert describe_kernels()["fakedev"] == "fake_kernels:Fake (fake-kernels 1.2)"
+    assert "fake_kernels" not in sys.modules
+    assert kernels_for("fakedev:3").name == "fake"
+    assert kernels_for("fakedev:3") is kernels_for("fakedev:0")
+    with pytest.raises(LayoutError, match="no_such_module_here"):
+        kernels_for("broken")
+    del sys.modules["fake_kernels"]
