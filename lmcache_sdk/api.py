@@ -45,6 +45,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class LookupState(StrEnum):
+    """What a lookup found. PENDING: some of it is still on its way."""
+
     MISS = "miss"
     PENDING = "pending"
     READY = "ready"
@@ -130,6 +132,8 @@ class PoolStats(msgspec.Struct, frozen=True):
 
 
 class TierStats(msgspec.Struct, frozen=True):
+    """``breaker`` is ``open`` while a tier that failed is left alone; ``capacity_bytes`` 0 = unbounded or unknown."""
+
     name: str
     records: int
     used_bytes: int
@@ -167,7 +171,7 @@ class Cache(Protocol):
         ...
 
     def wait(self, rid: str, timeout_s: float) -> Lookup:
-        """Block until the request's lookup is no longer PENDING, or to the deadline (then a MISS or what is there)."""
+        """Block until the request's lookup is no longer PENDING, or to the deadline (then what is there)."""
         ...
 
     def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
@@ -184,10 +188,8 @@ class Cache(Protocol):
 
     # The lower half: for the connector and the tools.
 
-    def reserve(
-        self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE
-    ) -> Reservation | None:
-        """Room for those of chunks ``first .. first + count - 1`` that are not there yet; None if there is nothing to do."""
+    def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
+        """Room for those of chunks ``first .. first + count - 1`` that are not there yet; None if there are none."""
         ...
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:

@@ -62,7 +62,7 @@ class Backend(Protocol):
         ...
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
-        """Read ``keys[i]`` into the front of ``buffers[i]``; the answer is the record's length, or why there is none."""
+        """Read ``keys[i]`` into the front of ``buffers[i]``; the answer is the length, or why there is none."""
         ...
 
     def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:

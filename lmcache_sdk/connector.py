@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -214,7 +213,7 @@ class GPUConnector:
         def run() -> None:
             try:
                 task()
-            except Exception:  # a copy that fails is a shorter hit, not the end of the engine
+            except Exception:  # noqa: BLE001 - a copy that fails is a shorter hit, not the end of the engine
                 _log.exception("a %s failed", "store" if store else "load")
                 transfer.fail_all()
             transfer.finish()

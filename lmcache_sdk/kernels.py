@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import pairwise
+from math import gcd
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -148,22 +149,24 @@ class _Table:
         offsets: int64 [blocks], bytes from there to each block, in the chunk's order.
         block: bytes of a block.
         unit: bytes; the largest that divides the block and all offsets.
+        reach: bytes from the start of the first block to the end of the last, in memory.
+        numbers: what ``ids`` has worked out.
     """
 
     low: int
     offsets: Offsets
     block: int
     unit: int
-
-    @property
-    def reach(self) -> int:
-        """Bytes from the start of the first block to the end of the last, in memory."""
-        return int(self.offsets.max()) + self.block
+    reach: int
+    numbers: dict[int, Offsets] = field(default_factory=dict)
 
     def ids(self, unit: int) -> Offsets:
         """The blocks as numbers of units from the first, in the chunk's order."""
-        firsts, parts = self.offsets // unit, self.block // unit
-        return firsts if parts == 1 else np.add.outer(firsts, np.arange(parts)).reshape(-1)
+        ids = self.numbers.get(unit)
+        if ids is None:
+            parts = np.arange(self.block // unit)
+            ids = self.numbers[unit] = np.add.outer(self.offsets // unit, parts).reshape(-1)
+        return ids
 
 
 def _table(geometry: Geometry, heads: tuple[int, int], slots: Offsets) -> _Table | None:
@@ -185,7 +188,9 @@ def _table(geometry: Geometry, heads: tuple[int, int], slots: Offsets) -> _Table
     low = int(offsets.min())
     offsets = offsets - low
     unit = int(np.gcd.reduce(offsets, initial=block))
-    return _Table(low + heads[0] * strides.head, offsets, block, unit) if unit >= _TINY_UNIT else None
+    if unit < _TINY_UNIT:
+        return None
+    return _Table(low + heads[0] * strides.head, offsets, block, unit, int(offsets.max()) + block)
 
 
 def _runs(page_tokens: int, slots: Offsets) -> list[tuple[int, slice, slice]]:
@@ -263,9 +268,7 @@ def _checked(planes: Sequence[Plane], heads: tuple[int, int], plan: Plan, chunk:
     dim, itemsize = chosen[0].dim, chosen[0].itemsize
     for geometry, index, _, _ in chosen.by_geometry:
         if (geometry.dim, geometry.itemsize) != (dim, itemsize):
-            raise LayoutError(
-                f"planes of different rows in one copy: {chosen[0].name} and {chosen[index].name}"
-            )
+            raise LayoutError(f"planes of different rows in one copy: {chosen[0].name} and {chosen[index].name}")
         if not 0 <= first < end <= geometry.heads:
             raise LayoutError(f"heads {first} .. {end - 1} are not in {chosen[index].name}")
         if plan.highest >= geometry.slots:
@@ -294,7 +297,7 @@ def _copies(
     """
     rows = chunk.reshape(len(planes), -1)
     copies: list[tuple[npt.NDArray[Any], Offsets | None, npt.NDArray[Any]]] = []
-    for geometry, first, end, bases in planes.by_geometry:
+    for geometry, first, end, low, offsets, step in planes.alike:
         key = (geometry, heads)
         if key not in plan.tables:
             plan.tables[key] = _table(geometry, heads, plan.slots)
@@ -306,21 +309,23 @@ def _copies(
                 part = row.view(mem.dtype).reshape(plan.tokens, *mem.shape[2:])
                 copies += [(mem[page, tokens], None, part[into]) for page, tokens, into in runs]
             continue
-        low = int(bases.min())
-        between = bases - low
-        unit = int(np.gcd.reduce(between, initial=table.unit))
-        if unit >= min(table.unit, _SMALL_UNIT) and len(bases) * rows.shape[1] <= unit * _MANY_UNITS:
-            # One array from the lowest plane to the highest; what lies between them is never touched.
-            ids = np.add.outer(between // unit, table.ids(unit)).reshape(-1)
-            reach = int(between.max()) + table.reach
-            mem = memory(low + table.low, (reach // unit,), f"|V{unit}")
-            copies.append((mem, ids, rows[first:end].reshape(-1).view(mem.dtype)))
+        # From the lowest plane to the highest; what lies between them is never touched.
+        span = memory(low + table.low, (int(offsets.max()) + table.reach,), "|u1")
+        unit = gcd(table.unit, step)
+        if unit >= min(table.unit, _SMALL_UNIT) and rows[first:end].size <= unit * _MANY_UNITS:
+            kind = _units(unit)
+            ids = np.add.outer(offsets // unit, table.ids(unit)).reshape(-1)
+            copies.append((span.view(kind), ids, rows[first:end].reshape(-1).view(kind)))
         else:
-            ids = table.ids(table.unit)
-            shape, kind = (table.reach // table.unit,), f"|V{table.unit}"
-            for base, row in zip(bases.tolist(), rows[first:end], strict=True):
-                copies.append((memory(base + table.low, shape, kind), ids, row.view(kind)))
+            kind, ids = _units(table.unit), table.ids(table.unit)
+            for at, part in zip(offsets.tolist(), rows[first:end].view(kind), strict=True):
+                copies.append((span[at : at + table.reach].view(kind), ids, part))
     return copies
+
+
+@cache
+def _units(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, nbytes))
 
 
 _BUILT_IN = EntryPoint("cpu", "lmcache_sdk.kernels:CPUKernels", ENTRY_POINTS)

@@ -147,7 +147,7 @@ class Chain:
         done = len(self._digests)
         if done >= count:
             return
-        data = memoryview(self._tokens).cast("B")[done * width : count * width]
+        data = self._tokens.data.cast("B")[done * width : count * width]
         append, sha256, last = self._digests.append, _sha256, self._last
         if self._overlays:
             for index in range(done, count):

@@ -158,9 +158,7 @@ class Plane:
         if name not in DTYPE_BYTES:
             raise LayoutError(f"{what}: dtype {name!r} is not one of {', '.join(DTYPE_BYTES)}; pass dtype=")
         if DTYPE_BYTES[name] != itemsize:
-            raise LayoutError(
-                f"{what}: dtype {name!r} has {DTYPE_BYTES[name]} bytes, the elements have {itemsize}"
-            )
+            raise LayoutError(f"{what}: dtype {name!r} has {DTYPE_BYTES[name]} bytes, the elements have {itemsize}")
         sizes = dict(zip(axes, shape, strict=True))
         # The stride of a single page, token or head means nothing: 0, so that equal geometry compares equal.
         steps = {axis: step for axis, step in zip(axes, strides, strict=True) if sizes[axis] > 1}
@@ -215,19 +213,39 @@ class Plane:
         return memory(self.base, self.shape, f"<u{self.itemsize}", strides=self.strides, owner=self.owner)
 
 
+class Alike(NamedTuple):
+    """Neighbouring planes of equal geometry.
+
+    Attributes:
+        first, end: their indices.
+        low: the lowest base address.
+        offsets: int64 [planes], bytes from there to each base.
+        step: bytes; the largest number that divides all offsets, 0 if all are 0.
+    """
+
+    geometry: Geometry
+    first: int
+    end: int
+    low: int
+    offsets: npt.NDArray[np.int64]
+    step: int
+
+
 class Planes(tuple[Plane, ...]):  # noqa: SLOT001 - cached_property needs a dict
     """Planes of one copy, in canonical order. What is derived from them is kept here, and goes with them."""
 
     @cached_property
-    def by_geometry(self) -> tuple[tuple[Geometry, int, int, npt.NDArray[np.int64]], ...]:
-        """Neighbours of equal geometry: (geometry, first index, end index, bases int64 [planes])."""
+    def alike(self) -> tuple[Alike, ...]:
+        """The planes in groups of neighbours that one table of offsets serves."""
         geometries = [plane.geometry for plane in self]
-        cuts = [0, *(i for i in range(1, len(self)) if geometries[i] != geometries[i - 1]), len(self)]
-        return tuple(
-            (geometries[first], first, end, np.array([plane.base for plane in self[first:end]], np.int64))
-            for first, end in pairwise(cuts)
-            if end > first
-        )
+        cuts = [i for i in range(len(self)) if i == 0 or geometries[i] != geometries[i - 1]]
+        groups = []
+        for first, end in pairwise([*cuts, len(self)]):
+            bases = np.array([plane.base for plane in self[first:end]], np.int64)
+            low = int(bases.min())
+            step = int(np.gcd.reduce(bases - low))
+            groups.append(Alike(geometries[first], first, end, low, bases - low, step))
+        return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -311,9 +329,7 @@ class KVLayout:
         found = {(plane.group, plane.layer, plane.role): plane for plane in self.planes}
         for group_name, layer, role in expected:
             if (group_name, layer, role) not in found:
-                raise LayoutError(
-                    f"layer {layer} {role!r} of group {group_name!r} is missing from the engine's memory"
-                )
+                raise LayoutError(f"layer {layer} {role!r} of group {group_name!r} is missing from the engine's memory")
         for place, plane in found.items():
             if place not in expected:
                 raise LayoutError(f"{plane.name} belongs to no group and layer of {part}")
@@ -335,9 +351,7 @@ def _check_strides(plane: Plane) -> None:
     if any(size > 1 and step < 0 for size, step in zip(plane.shape, steps, strict=True)):
         raise LayoutError(f"{plane.name} has a negative stride")
     if any(number % itemsize for number in (plane.base, *steps)):
-        raise LayoutError(
-            f"{plane.name} at address {plane.base:#x} is not aligned to its elements of {itemsize} bytes"
-        )
+        raise LayoutError(f"{plane.name} at address {plane.base:#x} is not aligned to its elements of {itemsize} bytes")
     extent = itemsize
     for step, size in sorted((step, size) for step, size in zip(steps, plane.shape, strict=True) if size > 1):
         if step < extent:
@@ -346,9 +360,7 @@ def _check_strides(plane: Plane) -> None:
 
 
 def _extent(plane: Plane) -> int:
-    return plane.itemsize + sum(
-        step * (size - 1) for step, size in zip(plane.strides, plane.shape, strict=True)
-    )
+    return plane.itemsize + sum(step * (size - 1) for step, size in zip(plane.strides, plane.shape, strict=True))
 
 
 def _check_apart(planes: Sequence[Plane]) -> None:

@@ -102,8 +102,9 @@ def open_cache(
     namespace.spec.validate()
     tiers: list[Tier] = []
     try:
-        for text in urls:
-            tiers.append(Tier(text.partition("://")[0], open_backend(text)))
+        for text in urls:  # one by one: those that did open are closed if a later one does not
+            tier = Tier(text.partition("://")[0], open_backend(text))
+            tiers.append(tier)
         return LocalCache(Store(tiers, pool_bytes=pool_bytes, limits=limits), namespace, producer)
     except BaseException:
         for tier in tiers:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from lmcache_sdk.core.extents import ALIGNMENT, offset_of, segment_of
 from lmcache_sdk.errors import ConfigError
-from lmcache_sdk.extents import ALIGNMENT, offset_of, segment_of
 from lmcache_sdk.records import HEADER_BYTES
 
 SEGMENT_LIMIT = 64 << 30

@@ -101,7 +101,9 @@ def read_header(record: memoryview) -> Header:
     if fields[0] != MAGIC:
         raise RecordError("magic", f"magic is {fields[0]!r}, expected {MAGIC!r}")
     if fields[1] != RECORD_VERSION or fields[2] != HEADER_BYTES:
-        raise RecordError("version", f"record version {fields[1]} (header {fields[2]} bytes), known is {RECORD_VERSION}")
+        raise RecordError(
+            "version", f"record version {fields[1]} (header {fields[2]} bytes), known is {RECORD_VERSION}"
+        )
     if _CHECKSUM.unpack_from(record, _FIELDS.size)[0] != checksum(record[: _FIELDS.size]):
         raise RecordError("header", "the header's checksum does not match")
     try:

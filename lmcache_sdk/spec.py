@@ -34,6 +34,8 @@ DTYPE_BYTES = {
 
 
 class GroupKind(StrEnum):
+    """What the layers of a group keep of a token."""
+
     FULL = "full"
     SLIDING = "sliding"
     LATENT = "latent"
@@ -103,7 +105,7 @@ class CellGrid(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What one rank holds: global layers and heads ``first .. end - 1`` (end 0 = to the last), and groups (() = all)."""
+    """What one rank holds: global layers and heads ``first .. end - 1`` (end 0 = to the last); groups (() = all)."""
 
     layers: tuple[int, int] = (0, 0)
     heads: tuple[int, int] = (0, 0)
@@ -357,7 +359,14 @@ def namespace_of(
 
 
 # Config entries that do not change what the weights compute.
-_CONFIG_NOISE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
+_CONFIG_NOISE = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "architectures",
+)
 _SAMPLE_BYTES = 256
 _HEADER_LIMIT = 100 << 20
 
@@ -392,8 +401,8 @@ def _fingerprint(files: tuple[tuple[str, int, int, int], ...]) -> str:
     sha = hashlib.sha256(b"lmcache-sdk-weights-v1\0")
     sha.update(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
     for name, _, size, _ in files[1:]:
-        sha.update(f"\0{os.path.basename(name)}\0{size}\0".encode())
-        with open(name, "rb") as file:
+        sha.update(f"\0{Path(name).name}\0{size}\0".encode())
+        with Path(name).open("rb") as file:
             for start, length in _sample_places(file.fileno(), name, size):
                 sha.update(os.pread(file.fileno(), length, start))
     return sha.hexdigest()[:32]

@@ -36,13 +36,21 @@ from lmcache_sdk.core import (
     Space,
     StartJob,
 )
+from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, RecordError, UnsupportedError
-from lmcache_sdk.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.keys import Chain, Origin, manifest_key
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
 from lmcache_sdk.pool import PrivatePool, extent_bytes, segment_sizes
-from lmcache_sdk.records import HEADER_BYTES, Header, RecordKey, check_record, checksum, read_header, write_header
+from lmcache_sdk.records import (
+    HEADER_BYTES,
+    Header,
+    RecordKey,
+    check_record,
+    checksum,
+    read_header,
+    write_header,
+)
 from lmcache_sdk.spec import Namespace, Part, Producer
 
 _log = logger("store")
@@ -121,7 +129,7 @@ class _Worker:
         while (task := self._tasks.get()) is not None:
             try:
                 task()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a worker that dies silently stops all that is queued behind
                 _log.exception("a task of %s failed", threading.current_thread().name)
 
 
@@ -150,7 +158,10 @@ class Store:
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
         self._core = Core(
-            Extents(sizes), [(tier.name, tier.backend.instant) for tier in tiers], limits=limits, seal=bool(tiers)
+            Extents(sizes),
+            [(tier.name, tier.backend.instant) for tier in tiers],
+            limits=limits,
+            seal=bool(tiers),
         )
         self._spaces: dict[Space, OpenSpace] = {}
         self._lock = threading.Lock()
@@ -197,12 +208,12 @@ class Store:
 
     def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True) -> Lookup:
         if chain.chunk_tokens != opened.spec.chunk_tokens:
-            return Lookup(LookupState.MISS, why=f"chunks of {chain.chunk_tokens} tokens, not {opened.spec.chunk_tokens}")
+            return Lookup(
+                LookupState.MISS, why=f"chunks of {chain.chunk_tokens} tokens, not {opened.spec.chunk_tokens}"
+            )
         if self._closed:
             return Lookup(LookupState.MISS, why="closed")
-        request = self._event(
-            lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch)
-        )
+        request = self._event(lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch))
         return self._answer(request)
 
     def wait(self, rid: str, timeout_s: float) -> Lookup:
@@ -257,7 +268,11 @@ class Store:
             # A cell that somebody else writes, or has written, has no place in this reservation.
             addresses += [entry.extents[cell] if cell in mine else None for cell in cells]
         return Reservation(
-            lease=lease, boot=self.boot, cells=cells, extents=_places(addresses), chunks=tuple(reserved.entries)
+            lease=lease,
+            boot=self.boot,
+            cells=cells,
+            extents=_places(addresses),
+            chunks=tuple(reserved.entries),
         )
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None) -> None:
@@ -388,7 +403,7 @@ class Store:
                 results = work(job)
         except BackendFull as error:
             self._tier_error(job.tier, error)
-        except Exception as error:  # a backend is other people's code: it must not end the thread, nor hang the request
+        except Exception as error:  # noqa: BLE001 - a backend is other people's code
             failed = True
             self._tier_error(job.tier, error)
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
@@ -414,7 +429,7 @@ class Store:
                 if present < len(digests):
                     break
                 step *= 4
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in _run
             failed = True
             self._tier_error(probe.tier, error)
         self._event(lambda: self._core.probed(request, probe.tier, count, time.monotonic(), failed=failed))
@@ -458,9 +473,7 @@ class Store:
         cells = len(opened.payload_bytes)
         return [all(good[at : at + cells]) for at in range(0, len(good), cells)]
 
-    def _accept(
-        self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview, received: memoryview
-    ) -> None:
+    def _accept(self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview, received: memoryview) -> None:
         """Check what a tier gave; decode it into the extent if it is encoded."""
         key = opened.record_key(entry.digest, cell)
         header = check_record(received, key, opened.payload_bytes[cell])
@@ -510,9 +523,7 @@ class Store:
         header = read_header(encoded)
         write_header(
             encoded,
-            header._replace(
-                codec=codec.name, stored_bytes=length, payload_checksum=checksum(encoded[HEADER_BYTES:])
-            ),
+            header._replace(codec=codec.name, stored_bytes=length, payload_checksum=checksum(encoded[HEADER_BYTES:])),
         )
         return encoded
 
@@ -548,7 +559,7 @@ class Store:
         def run() -> None:
             try:
                 task(self.tiers[tier].backend)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - as in _run
                 self._tier_error(tier, error)
             finally:
                 with self._lock:

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 
 class RawCodec:
+    """No encoding: records are read and written in place."""
+
     name: ClassVar[str] = "raw"
     lossless: ClassVar[bool] = True
     identity: ClassVar[bool] = True

@@ -22,11 +22,18 @@ class Metrics:
         self.chunks = Counter("lmcache_chunks", "Chunks by what happened to them", ["event"], registry=registry)
         self.tier_bytes = Counter("lmcache_tier_bytes", "Bytes moved", ["tier", "direction"], registry=registry)
         self.tier_seconds = Histogram(
-            "lmcache_tier_seconds", "Time of one job on a tier", ["tier", "direction"], buckets=_SECONDS, registry=registry
+            "lmcache_tier_seconds",
+            "Time of one job on a tier",
+            ["tier", "direction"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.tier_errors = Counter("lmcache_tier_errors", "Failed calls", ["tier", "error"], registry=registry)
         self.record_failures = Counter(
-            "lmcache_record_failures", "Records that did not check out: a miss", ["tier", "reason"], registry=registry
+            "lmcache_record_failures",
+            "Records that did not check out: a miss",
+            ["tier", "reason"],
+            registry=registry,
         )
         self.pool_bytes = Gauge("lmcache_pool_bytes", "Pool memory by state", ["state"], registry=registry)
         self.leases = Gauge("lmcache_leases", "Leases not yet released", registry=registry)

@@ -41,7 +41,7 @@ def read(backend: Backend, key: str, capacity: int = 2 << 20) -> bytes | Miss:
 class BackendTests:
     """Subclass it, say how to open a backend, and pytest holds it to the MUSTs of the protocol.
 
-    The tests do not trust the backend to test itself: what ``put`` wrote is looked at through :meth:`raw_get`,
+    The tests do not trust the backend to test itself: what ``put`` wrote is looked at by :meth:`raw_get`,
     and what ``get`` reads was written by :meth:`raw_set`.
     """
 
@@ -52,7 +52,7 @@ class BackendTests:
     # What a subclass provides
 
     def open(self, place: Path) -> Backend:
-        """Open a backend on what belongs to ``place``, a directory of this test's own. May be called again."""
+        """Open a backend on what belongs to ``place``, a directory of its own. May be called again."""
         raise NotImplementedError
 
     def raw_get(self, backend: Backend, key: str) -> bytes | None:
@@ -481,6 +481,6 @@ class BackendStateMachine(RuleBasedStateMachine):
 
 
 def backend_state_machine(suite: BackendTests) -> type[BackendStateMachine]:
-    """A Hypothesis state machine for a suite's backend: ``TestX = backend_state_machine(XTests()).TestCase``."""
+    """A Hypothesis state machine for a backend: ``TestX = backend_state_machine(XTests()).TestCase``."""
     name = f"{type(suite).__name__}StateMachine"
     return type(name, (BackendStateMachine,), {"suite": suite})

@@ -37,9 +37,9 @@ NO_FAULTS = Faults()
 class FaultyBackend:
     """Wraps a backend and breaks it.
 
-    ``gate`` is an event that every call waits for before it begins: clear it to make the backend hang, set it to
-    let it go on. No time passes by itself. ``entered`` is a semaphore that every call releases as it arrives at
-    the gate, so that a test can wait until one hangs.
+    ``gate`` is an event that every call waits for before it begins: clear it to make the backend hang, set it
+    to let it go on. No time passes by itself. ``entered`` is a semaphore that every call releases as it comes
+    to the gate, so that a test can wait until one hangs.
 
     Args:
         inner: the backend that does the work.

@@ -279,8 +279,7 @@ def pairwise_cases(seed: int = SEED) -> list[Case]:
 
     def pairs(chosen: dict[int, int], at: int, value: int) -> set[tuple[int, int, int, int]]:
         return {
-            (at, value, other, chosen[other]) if at < other else (other, chosen[other], at, value)
-            for other in chosen
+            (at, value, other, chosen[other]) if at < other else (other, chosen[other], at, value) for other in chosen
         }
 
     cases: list[Case] = []
@@ -310,9 +309,7 @@ class Placed:
 class Engine:
     """An engine's memory in one form: on the host as the reference sees it, and on the device."""
 
-    def __init__(
-        self, tests: KernelTests, form: Form, sizes: Sizes, dtype: str, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, tests: KernelTests, form: Form, sizes: Sizes, dtype: str, rng: np.random.Generator) -> None:
         self.tests, self.form, self.sizes = tests, form, sizes
         kind = np.dtype(f"u{DTYPE_BYTES[dtype]}")
         self.host: dict[str, Bytes] = {}
@@ -338,9 +335,7 @@ class Engine:
                 planes.append(replace(plane, base=placed.base + offset, owner=placed.owner))
         self.layout = KVLayout(tuple(planes), tests.device)
 
-    def rows(
-        self, layers: Sequence[int], heads: tuple[int, int], slots: Array
-    ) -> Iterator[tuple[Index, Array]]:
+    def rows(self, layers: Sequence[int], heads: tuple[int, int], slots: Array) -> Iterator[tuple[Index, Array]]:
         """(place in the chunk: plane, token, head; the row of ``dim`` elements in the engine's array)."""
         index = 0
         for layer in layers:
@@ -453,9 +448,7 @@ class KernelTests:
         kernels.gather(planes, part, plan, chunk.bytes)
         values = chunk.bytes.view(f"u{itemsize}").reshape(shape)
         for at, row in engine.rows(case.layers, part, slots):
-            assert np.array_equal(values[at], row), (
-                f"gather of {case}, seed {seed}: [plane, token, head] {at}"
-            )
+            assert np.array_equal(values[at], row), f"gather of {case}, seed {seed}: [plane, token, head] {at}"
         chunk.assert_guards()
         engine.assert_device_equals_host()
 
@@ -538,9 +531,7 @@ class KernelTests:
             kernels.plan(replace(engine.layout, device="elsewhere:0"), np.arange(3))
 
     @pytest.mark.parametrize(("verb", "flaw"), _FLAWS)
-    def test_bad_input_is_refused_before_anything_is_written(
-        self, kernels: Kernels, verb: str, flaw: str
-    ) -> None:
+    def test_bad_input_is_refused_before_anything_is_written(self, kernels: Kernels, verb: str, flaw: str) -> None:
         """LayoutError, all memory as before."""
         rng = np.random.default_rng(SEED)
         engine = Engine(self, FORMS["NHD"], Sizes(4, 16, 3, 8), "bfloat16", rng)
@@ -590,9 +581,7 @@ class KernelTests:
         engine = Engine(self, FORMS["NHD"], Sizes(4, 16, 3, 8), "bfloat16", rng)
         slots = np.array([5, 6, 5])
         chunk = GuardedChunk(2 * 3 * 3 * 8 * 2, rng)
-        kernels.gather(
-            engine.layout.planes_of("g", [1]), (0, 3), kernels.plan(engine.layout, slots), chunk.bytes
-        )
+        kernels.gather(engine.layout.planes_of("g", [1]), (0, 3), kernels.plan(engine.layout, slots), chunk.bytes)
         values = chunk.bytes.view(np.uint16).reshape(2, 3, 3, 8)
         assert all(np.array_equal(values[at], row) for at, row in engine.rows([1], (0, 3), slots))
 

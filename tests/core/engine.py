@@ -16,7 +16,11 @@ PRODUCER = Producer("numpy", "1", "cpu")
 
 
 def namespace(
-    *, fingerprint: str = "f", chunk_tokens: int = CHUNK, grid: CellGrid | None = None, dtype: str = "bfloat16"
+    *,
+    fingerprint: str = "f",
+    chunk_tokens: int = CHUNK,
+    grid: CellGrid | None = None,
+    dtype: str = "bfloat16",
 ) -> Namespace:
     group = Group("full", GroupKind.FULL, tuple(range(LAYERS)), HEADS, DIM, dtype)
     return Namespace(fingerprint, KVSpec((group,), chunk_tokens, grid or CellGrid()), label="numpy")
@@ -31,7 +35,14 @@ class PagedEngine:
         self.kv = [[np.zeros((pages, PAGE, count, DIM), np.uint16) for _ in "kv"] for _ in range(LAYERS)]
         axes = ("page", "token", "head", "dim")
         planes = tuple(
-            Plane.of(self.kv[layer][1 - at if wrong else at], axes, group="full", layer=layer, role=role, dtype="bfloat16")
+            Plane.of(
+                self.kv[layer][1 - at if wrong else at],
+                axes,
+                group="full",
+                layer=layer,
+                role=role,
+                dtype="bfloat16",
+            )
             for layer in range(LAYERS)
             for at, role in enumerate("kv")
         )
@@ -81,7 +92,11 @@ def store(cache: Cache, engine: PagedEngine, connector: GPUConnector, tokens: np
 
 
 def load(
-    cache: Cache, connector: GPUConnector, tokens: npt.NDArray[np.uint32], slots: npt.NDArray[np.int64], rid: str = "load"
+    cache: Cache,
+    connector: GPUConnector,
+    tokens: npt.NDArray[np.uint32],
+    slots: npt.NDArray[np.int64],
+    rid: str = "load",
 ) -> tuple[int, CopyTransfer | None]:
     """What an adapter does: the number of chunks that came from the cache, and the transfer."""
     chain = Chain(tokens, CHUNK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from lmcache_sdk.backend import leading
 from lmcache_sdk.core import (
     Core,
     DeleteRecords,
@@ -24,7 +25,7 @@ from lmcache_sdk.core import (
     Resolved,
     StartJob,
 )
-from lmcache_sdk.extents import Extents
+from lmcache_sdk.core.extents import Extents
 from lmcache_sdk.keys import Chain, Origin
 
 CHUNK = 2
@@ -45,7 +46,11 @@ class Simulator:
         sizes = [r.choice([640, 1024, 4096]) for _ in range(r.randint(1, 3))]
         tiers = [(f"tier{i}", r.random() < 0.5) for i in range(r.randint(0, 3))]
         limits = Limits(
-            hold_s=r.choice([1.0, 20.0]), fetch_s=2.0, put_s=4.0, batch_bytes=r.choice([1, 600]), queue_bytes=0
+            hold_s=r.choice([1.0, 20.0]),
+            fetch_s=2.0,
+            put_s=4.0,
+            batch_bytes=r.choice([1, 600]),
+            queue_bytes=0,
         )
         self.core = Core(Extents(sizes), tiers, limits=limits, seal=bool(tiers) or r.random() < 0.5)
         cells = [[64], [64, 64], [64, 192]]
@@ -83,7 +88,17 @@ class Simulator:
             + [self.finish_store] * 5
             + [self.finish_job] * 8
             + [self.answer_probe] * 8
-            + [self.release, self.release, self.forget, self.hurry, self.time, self.time, self.delete, self.pin, self.lose]
+            + [
+                self.release,
+                self.release,
+                self.forget,
+                self.hurry,
+                self.time,
+                self.time,
+                self.delete,
+                self.pin,
+                self.lose,
+            ]
         )
         action()
         self.carry_out()
@@ -222,11 +237,8 @@ class Simulator:
         if self.random.random() < 0.1:
             self.core.probed(request, probe.tier, 0, self.now, failed=True)
             return
-        count = 0
-        for digest in request.chain.digests()[probe.start :]:
-            if (request.space.origin, digest) not in self.tiers[probe.tier]:
-                break
-            count += 1
+        origin, tier = request.space.origin, self.tiers[probe.tier]
+        count = leading((origin, digest) in tier for digest in request.chain.digests()[probe.start :])
         if self.random.random() < 0.1:
             count = self.random.randint(0, 20)  # a tier that promises what it does not have
         self.core.probed(request, probe.tier, count, self.now)

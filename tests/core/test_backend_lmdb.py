@@ -510,7 +510,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_file_that_may_not_grow(place: Path) -> None:
-    """The kernel refuses to extend the file. Old records make room, or the put fails; nothing wrong is read."""
+    """The kernel refuses to extend the file. Old ones make room or the put fails; no wrong byte is read."""
     code = """
 import resource, signal
 from lmcache_sdk.errors import BackendError

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from lmcache_sdk.core import Breaker, Core, EntryState, Limits, Probe, RequestState, Resolved, StartJob
-from lmcache_sdk.extents import Extents
+from lmcache_sdk.core import Breaker, Core, EntryState, Limits, RequestState, Resolved, StartJob
+from lmcache_sdk.core.extents import Extents
 from lmcache_sdk.keys import Chain, Origin
 from tests.core.simulator import Simulator
 

@@ -50,17 +50,13 @@ def test_any_stride_table(tabled, count, data):
     start = -memory.ctypes.data % 8
     views, planes = [], []
     for n in range(count):
-        view = np.ndarray(
-            (pages, page, heads, dim), f"u{itemsize}", memory, start + n * (extent + gap), tuple(strides)
-        )
+        view = np.ndarray((pages, page, heads, dim), f"u{itemsize}", memory, start + n * (extent + gap), tuple(strides))
         views.append(view)
         dtype = {1: "uint8", 2: "bfloat16", 4: "float32"}[itemsize]
         axes = ("page", "token", "head", "dim")
         planes.append(Plane.of(view, axes, group="g", layer=n, role="latent", dtype=dtype))
     layout = KVLayout(tuple(planes))
-    slots = np.array(
-        data.draw(st.lists(st.integers(0, pages * page - 1), min_size=1, max_size=20, unique=True))
-    )
+    slots = np.array(data.draw(st.lists(st.integers(0, pages * page - 1), min_size=1, max_size=20, unique=True)))
     first = data.draw(st.integers(0, heads - 1))
     end = data.draw(st.integers(first + 1, heads))
     chunk = np.zeros(count * slots.size * (end - first) * dim * itemsize, np.uint8)
@@ -92,8 +88,7 @@ def test_many_planes(shape, axes):
     arrays = [rng.integers(0, 2**16, [sizes[a] for a in axes], np.uint16) for _ in range(40)]
     layout = KVLayout(
         tuple(
-            Plane.of(a, axes, group="g", layer=n // 2, role="kv"[n % 2], dtype="float16")
-            for n, a in enumerate(arrays)
+            Plane.of(a, axes, group="g", layer=n // 2, role="kv"[n % 2], dtype="float16") for n, a in enumerate(arrays)
         )
     )
     slots = np.add.outer(rng.permutation(pages)[:16] * page, np.arange(page)).reshape(-1)
@@ -116,9 +111,7 @@ def test_threads_share_one_plan():
     array = rng.integers(0, 2**16, (2, 64, 16, 2, 32), np.uint16)
     axes = ("page", "token", "head", "dim")
     layout = KVLayout(
-        tuple(
-            Plane.of(array[n], axes, group="g", layer=0, role=r, dtype="bfloat16") for n, r in enumerate("kv")
-        )
+        tuple(Plane.of(array[n], axes, group="g", layer=0, role=r, dtype="bfloat16") for n, r in enumerate("kv"))
     )
     kernels, slots = CPUKernels(), rng.permutation(1024)
     plan = kernels.plan(layout, slots)
@@ -171,9 +164,7 @@ def test_an_installed_package_is_found_and_only_it_is_imported(tmp_path, monkeyp
     (info / "entry_points.txt").write_text(
         "[lmcache_sdk.kernels]\nfakedev = fake_kernels:Fake\nbroken = no_such_module_here:Nothing\n"
     )
-    (tmp_path / "fake_kernels.py").write_text(
-        "class Fake:\n    name = 'fake'\n    device_types = ('fakedev',)\n"
-    )
+    (tmp_path / "fake_kernels.py").write_text("class Fake:\n    name = 'fake'\n    device_types = ('fakedev',)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     assert describe_kernels()["fakedev"] == "fake_kernels:Fake (fake-kernels 1.2)"

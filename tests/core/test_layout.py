@@ -26,9 +26,7 @@ def pool(layers=2, pages=5, page=16, heads=4, dim=8):
 
 def layout_of(memory, layers=(0, 1)):
     return KVLayout(
-        tuple(
-            plane(memory[n, r], layer=layer, role="kv"[r]) for n, layer in enumerate(layers) for r in (1, 0)
-        )
+        tuple(plane(memory[n, r], layer=layer, role="kv"[r]) for n, layer in enumerate(layers) for r in (1, 0))
     )
 
 
@@ -141,8 +139,10 @@ def test_neighbours_of_equal_geometry_are_found():
             plane(memory[1, 0]),
         ]
     )
-    assert [(first, end) for _, first, end, _ in planes.by_geometry] == [(0, 2), (2, 3), (3, 4)]
-    assert planes.by_geometry[0][3].tolist() == [memory[0, 0].ctypes.data, memory[0, 1].ctypes.data]
+    assert [(alike.first, alike.end) for alike in planes.alike] == [(0, 2), (2, 3), (3, 4)]
+    assert planes.alike[0].low == memory[0, 0].ctypes.data
+    assert planes.alike[0].offsets.tolist() == [0, 5 * 16 * 4 * 8 * 2]
+    assert [alike.step for alike in planes.alike] == [5 * 16 * 4 * 8 * 2, 0, 0]
 
 
 # What a rank holds.
@@ -166,9 +166,7 @@ def test_a_part_that_fits_is_accepted(part, heads, layers):
 
 def test_a_latent_group_has_one_head_on_every_rank():
     memory = np.zeros((2, 5, 16, 24), np.uint16)
-    planes = tuple(
-        plane(memory[n], ("page", "token", "dim"), layer=n, role="latent", group="latent") for n in (0, 1)
-    )
+    planes = tuple(plane(memory[n], ("page", "token", "dim"), layer=n, role="latent", group="latent") for n in (0, 1))
     KVLayout(planes).validate(LATENT, WHOLE)
     KVLayout(planes).validate(LATENT, Part(heads=(2, 4)))
 
@@ -250,14 +248,12 @@ def test_planes_that_share_bytes_are_refused(shift):
 
 def test_interleaved_planes_are_apart():
     memory = np.zeros((5, 2, 2, 16, 4, 8), np.uint16)
-    KVLayout(tuple(plane(memory[:, n, r], layer=n, role="kv"[r]) for n in (0, 1) for r in (0, 1))).validate(
-        SPEC, WHOLE
-    )
+    KVLayout(tuple(plane(memory[:, n, r], layer=n, role="kv"[r]) for n in (0, 1) for r in (0, 1))).validate(SPEC, WHOLE)
     fused = np.zeros((2, 5, 16, 4, 16), np.uint16)
     halves = (slice(0, 8), slice(8, 16))
-    KVLayout(
-        tuple(plane(fused[n, ..., halves[r]], layer=n, role="kv"[r]) for n in (0, 1) for r in (0, 1))
-    ).validate(SPEC, WHOLE)
+    KVLayout(tuple(plane(fused[n, ..., halves[r]], layer=n, role="kv"[r]) for n in (0, 1) for r in (0, 1))).validate(
+        SPEC, WHOLE
+    )
     halves = (slice(0, 8), slice(7, 15))
     with pytest.raises(LayoutError, match="shares bytes"):
         KVLayout(

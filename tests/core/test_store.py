@@ -1,4 +1,4 @@
-"""The way of a chunk through the store: engine memory, pool, tier, a new life, and back; and what can go wrong there."""
+"""The way of a chunk through the store: engine memory, pool, tier, a new life, and back; and what can go wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from lmcache_backends.memory import MemoryBackend
 from lmcache_sdk import ConfigError, LayoutError, LookupState, UnsupportedError, open_cache
 from lmcache_sdk.backend import Item, Miss, open_backend
 from lmcache_sdk.core import Limits
@@ -19,7 +20,6 @@ from lmcache_sdk.open import LocalCache
 from lmcache_sdk.records import HEADER_BYTES, checksum, read_header, write_header
 from lmcache_sdk.spec import CellGrid
 from lmcache_sdk.store import Store, Tier
-from lmcache_backends.memory import MemoryBackend
 from tests.core.engine import (
     CHUNK,
     PRODUCER,
@@ -63,7 +63,9 @@ def fill(url: str, tokens: np.ndarray = TOKENS, **arguments: object) -> np.ndarr
     return rows
 
 
-def read(url: str | list[str], tokens: np.ndarray = TOKENS, **arguments: object) -> tuple[int, np.ndarray, dict[str, float]]:
+def read(
+    url: str | list[str], tokens: np.ndarray = TOKENS, **arguments: object
+) -> tuple[int, np.ndarray, dict[str, float]]:
     """Load it in another: chunks found, rows at other slots, counters."""
     cache, engine = open_it(url, **arguments), PagedEngine()
     connector = engine.connect(cache)
@@ -198,7 +200,8 @@ def test_a_record_of_another_chunk_is_a_miss(url: str) -> None:
     fill(url)
     backend = open_backend(url)
     keys = [
-        key_text(Origin(namespace().id, PRODUCER.id), digest, "full", "L0-3.H0-4") for digest in Chain(TOKENS, CHUNK).digests()
+        key_text(Origin(namespace().id, PRODUCER.id), digest, "full", "L0-3.H0-4")
+        for digest in Chain(TOKENS, CHUNK).digests()
     ]
     buffer = memoryview(bytearray(RECORD))
     backend.get([keys[1]], [buffer])

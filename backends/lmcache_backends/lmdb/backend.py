@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from logging import getLogger
 from pathlib import Path
@@ -349,7 +349,8 @@ class LMDBBackend:
     def _failure(self, error: lmdb.Error) -> BackendError:
         """What LMDB's error is to a caller. After damage, whoever opens the store next verifies it first."""
         if isinstance(error, DAMAGE):
-            self._home.mark_suspect()
+            with suppress(OSError):
+                self._home.mark_suspect()
         return BackendUnavailable(f"the store {self.path} failed: {error}")
 
     def close(self, timeout_s: float) -> None:

@@ -214,7 +214,7 @@ def _check_format(path: Path) -> bool:
         name, version = marker["format"], marker["version"]
     except FileNotFoundError:
         # What a process that was stopped between mkdir and FORMAT leaves is still empty.
-        foreign = sorted({entry.name for entry in path.iterdir()} - {"LOCK", "FORMAT.new"})
+        foreign = sorted({entry.name for entry in path.iterdir()} - {"LOCK", "FORMAT.new", "lost+found"})
         if foreign:
             raise BackendFormatError(
                 f"{path} is not empty and not a store ({foreign[0]!r} is in it); choose a new directory"

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import pairwise
 
 SEGMENT_SHIFT = 40
 ALIGNMENT = 64
 
 
 def round_up(nbytes: int) -> int:
+    """To the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def segment_of(address: int) -> int:
+    """The number of the segment."""
     return address >> SEGMENT_SHIFT
 
 
 def offset_of(address: int) -> int:
+    """Bytes from the start of the segment."""
     return address & ((1 << SEGMENT_SHIFT) - 1)
 
 
@@ -126,7 +130,7 @@ class Extents:
         """Raise AssertionError if extents and holes overlap, touch unmerged, or do not add up."""
         holes = [(start, size, True) for start, size in self._hole_at.items()]
         spans = sorted(holes + [(start, size, False) for start, size in self._allocated.items()])
-        for (start, size, hole), (following, _, next_hole) in zip(spans, spans[1:], strict=False):
+        for (start, size, hole), (following, _, next_hole) in pairwise(spans):
             assert start + size <= following, f"{start:#x}+{size} overlaps {following:#x}"
             assert not (hole and next_hole and start + size == following), f"unmerged holes at {following:#x}"
         assert sum(size for _, size, _ in holes) == self.free_bytes

@@ -15,225 +15,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
 
+from lmcache_sdk.core.actions import Action, DeleteRecords, Job, JobKind, Probe, Removed, Resolved, StartJob
+from lmcache_sdk.core.breaker import Breaker
+from lmcache_sdk.core.entries import Entry, EntryState, Lease, Request, RequestState, Reserved, Space
+from lmcache_sdk.core.extents import Extents
 from lmcache_sdk.eviction import LRU, Policy
-from lmcache_sdk.extents import Extents
 from lmcache_sdk.keys import Chain, Origin
-
-
-class EntryState(IntEnum):
-    RESERVED = 0
-    LOADING = 1
-    PUBLISHED = 2
-    DEAD = 3  # out of the index; its memory comes back when the last hold is dropped
-
-
-class Entry:
-    """A chunk in the pool. ``extents[cell]`` is an address, or None for a cell that nobody has reserved."""
-
-    __slots__ = (
-        "children",
-        "digest",
-        "extents",
-        "first_position",
-        "holds",
-        "parent",
-        "sealed",
-        "space",
-        "state",
-        "tenant",
-        "tick",
-        "tiers",
-        "waiters",
-        "written",
-    )
-
-    def __init__(self, space: Space, digest: bytes, tenant: str, first_position: int, state: EntryState) -> None:
-        self.space = space
-        self.digest = digest
-        self.tenant = tenant
-        self.first_position = first_position
-        self.state = state
-        self.parent: Entry | None = None
-        self.children = 0
-        self.extents: list[int | None] = [None] * len(space.cell_bytes)
-        self.written = 0  # a bit for each cell
-        self.holds = 0
-        self.sealed = False
-        self.tiers = 0  # a bit for each tier known to have it
-        self.tick = 0
-        self.waiters: list[tuple[Request, int]] = []
-
-
-class Space:
-    """All entries of one origin. ``cell_bytes[cell]`` is the size of a cell's extent."""
-
-    def __init__(self, origin: Origin, cell_bytes: Sequence[int]) -> None:
-        self.origin = origin
-        self.cell_bytes = tuple(cell_bytes)
-        self.chunk_bytes = sum(cell_bytes)
-        self.all_cells = (1 << len(cell_bytes)) - 1
-        self.entries: dict[bytes, Entry] = {}
-
-
-class RequestState(StrEnum):
-    WALKING = "walking"  # a tier is being asked which chunks it has
-    PENDING = "pending"  # chunks are being loaded
-    READY = "ready"
-    MISS = "miss"
-    CLAIMED = "claimed"
-
-
-class Request:
-    """One lookup: the prefix found so far, and what holds it."""
-
-    __slots__ = (
-        "chain",
-        "deadline",
-        "entries",
-        "fetch",
-        "fidelity",
-        "hold",
-        "length",
-        "lacking",
-        "limit",
-        "pending",
-        "prefetch",
-        "rid",
-        "space",
-        "state",
-        "tier",
-        "why",
-    )
-
-    def __init__(self, space: Space, rid: str, chain: Chain, prefetch: bool, deadline: float) -> None:
-        self.space = space
-        self.rid = rid
-        self.chain = chain
-        self.length = len(chain)
-        self.prefetch = prefetch
-        self.deadline = deadline
-        self.state = RequestState.WALKING
-        self.entries: list[Entry | None] = []  # None: only a tier has it
-        self.fetch: dict[int, int] = {}  # position -> tier
-        self.tier = 0  # the tier to ask next at this position
-        self.lacking = -1  # a tier whose earlier answer already says that it lacks this position
-        self.hold: Entry | None = None
-        self.limit = 0
-        self.pending = 0  # entries within the limit that are being loaded
-        self.why = ""
-        self.fidelity = space.origin.fidelity
-
-    def sources(self, tiers: Sequence[str]) -> dict[str, int]:
-        found = Counter(tiers[self.fetch[i]] if i in self.fetch else "pool" for i in range(self.limit))
-        return dict(found)
-
-
-class JobKind(StrEnum):
-    FETCH = "fetch"
-    SEAL = "seal"
-    PUT = "put"
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """Work for the shell's threads. It holds its entries until :meth:`Core.job_done`, whenever that comes."""
-
-    id: int
-    kind: JobKind
-    tier: int  # -1 for SEAL
-    entries: list[Entry]
-    deadline: float
-    abandoned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StartJob:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Ask a tier how many chunks from ``start`` on it has; answer by :meth:`Core.probed`."""
-
-    request: Request
-    tier: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteRecords:
-    origin: Origin
-    digests: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A request is no longer PENDING."""
-
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """An entry left the index. ``reason``: evicted, deleted, cleared, aborted, failed, abandoned."""
-
-    origin: Origin
-    digest: bytes
-    reason: str
-
-
-Action = StartJob | Probe | DeleteRecords | Resolved | Removed
-
-
-@dataclass(slots=True)
-class Lease:
-    entries: list[Entry]
-    parts: set[int]
-
-
-@dataclass(slots=True)
-class Reserved:
-    entries: dict[int, Entry]  # absolute chunk number -> entry
-    cells: dict[int, tuple[int, ...]]
-
-
-class Breaker:
-    """Stops asking a tier that failed ``threshold`` times in a row; lets one call try again after a while."""
-
-    def __init__(self, threshold: int = 3, pause_s: float = 2.0, longest_pause_s: float = 60.0) -> None:
-        self._threshold = threshold
-        self._pause_s = self._first_pause_s = pause_s
-        self._longest_pause_s = longest_pause_s
-        self._failures = 0
-        self._open_until = 0.0
-
-    @property
-    def state(self) -> str:
-        return "open" if self._failures >= self._threshold else "closed"
-
-    def allows(self, now: float) -> bool:
-        if self._failures < self._threshold:
-            return True
-        if now < self._open_until:
-            return False
-        self._open_until = now + self._pause_s  # this caller tries; the others wait for what it finds
-        return True
-
-    def record(self, success: bool, now: float) -> None:
-        if success:
-            self._failures = 0
-            self._pause_s = self._first_pause_s
-            return
-        self._failures += 1
-        if self._failures >= self._threshold:
-            self._open_until = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, self._longest_pause_s)
 
 
 @dataclass(slots=True)
 class TierState:
+    """``queued_bytes`` are written or wait to be."""
+
     name: str
     instant: bool
     breaker: Breaker = field(default_factory=Breaker)
@@ -718,9 +512,7 @@ class Core:
             if not wanted:
                 continue
             nbytes = sum(entry.space.chunk_bytes for entry in wanted)
-            if state.queued_bytes + nbytes > self._queue_bytes:
-                self.counters[f"store_dropped_chunks.{state.name}"] += len(wanted)
-            elif not state.breaker.allows(now):
+            if state.queued_bytes + nbytes > self._queue_bytes or not state.breaker.allows(now):
                 self.counters[f"store_dropped_chunks.{state.name}"] += len(wanted)
             else:
                 state.queued_bytes += nbytes
@@ -807,7 +599,7 @@ class Core:
 
     def _allocate(self, entry: Entry, cells: Iterable[int]) -> bool:
         """Extents for the cells, evicting as needed; all or nothing."""
-        done = []
+        done: list[int] = []
         for cell in cells:
             address = self._room(entry.space.cell_bytes[cell])
             if address is None:

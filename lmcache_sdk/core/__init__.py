@@ -1,0 +1,35 @@
+"""Pure decisions: what is where, who holds it, what to load, write back and evict. See ``core.py``."""
+
+from lmcache_sdk.core.actions import (
+    Action,
+    DeleteRecords,
+    Job,
+    JobKind,
+    Probe,
+    Removed,
+    Resolved,
+    StartJob,
+)
+from lmcache_sdk.core.breaker import Breaker
+from lmcache_sdk.core.core import Core, Limits
+from lmcache_sdk.core.entries import Entry, EntryState, Request, RequestState, Reserved, Space
+
+__all__ = [
+    "Action",
+    "Breaker",
+    "Core",
+    "DeleteRecords",
+    "Entry",
+    "EntryState",
+    "Job",
+    "JobKind",
+    "Limits",
+    "Probe",
+    "Removed",
+    "Request",
+    "RequestState",
+    "Reserved",
+    "Resolved",
+    "Space",
+    "StartJob",
+]

@@ -1,0 +1,72 @@
+"""What the core asks its shell to do, or tells it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lmcache_sdk.core.entries import Entry, Request
+from lmcache_sdk.keys import Origin
+
+
+class JobKind(StrEnum):
+    """Read from a tier; take checksums; write to a tier."""
+
+    FETCH = "fetch"
+    SEAL = "seal"
+    PUT = "put"
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Work for the shell's threads. It holds its entries until :meth:`Core.job_done`, whenever that comes."""
+
+    id: int
+    kind: JobKind
+    tier: int  # -1 for SEAL
+    entries: list[Entry]
+    deadline: float
+    abandoned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartJob:
+    """Run a job; answer by :meth:`Core.job_done`."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask a tier how many chunks from ``start`` on it has; answer by :meth:`Core.probed`."""
+
+    request: Request
+    tier: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRecords:
+    """Delete these chunks' records from all tiers, after the writes that were started before."""
+
+    origin: Origin
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request is no longer PENDING."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """An entry left the index. ``reason``: evicted, deleted, cleared, aborted, failed, abandoned."""
+
+    origin: Origin
+    digest: bytes
+    reason: str
+
+
+Action = StartJob | Probe | DeleteRecords | Resolved | Removed

@@ -1,0 +1,138 @@
+"""What the core knows: chunks in the pool, requests that look for them, and who holds what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+from lmcache_sdk.keys import Chain, Origin
+
+
+class EntryState(IntEnum):
+    """A chunk's life in the pool."""
+
+    RESERVED = 0
+    LOADING = 1
+    PUBLISHED = 2
+    DEAD = 3  # out of the index; its memory comes back when the last hold is dropped
+
+
+class Entry:
+    """A chunk in the pool. ``extents[cell]`` is an address, or None for a cell that nobody has reserved."""
+
+    __slots__ = (
+        "children",
+        "digest",
+        "extents",
+        "first_position",
+        "holds",
+        "parent",
+        "sealed",
+        "space",
+        "state",
+        "tenant",
+        "tick",
+        "tiers",
+        "waiters",
+        "written",
+    )
+
+    def __init__(self, space: Space, digest: bytes, tenant: str, first_position: int, state: EntryState) -> None:
+        self.space = space
+        self.digest = digest
+        self.tenant = tenant
+        self.first_position = first_position
+        self.state = state
+        self.parent: Entry | None = None
+        self.children = 0
+        self.extents: list[int | None] = [None] * len(space.cell_bytes)
+        self.written = 0  # a bit for each cell
+        self.holds = 0
+        self.sealed = False
+        self.tiers = 0  # a bit for each tier known to have it
+        self.tick = 0
+        self.waiters: list[tuple[Request, int]] = []
+
+
+class Space:
+    """All entries of one origin. ``cell_bytes[cell]`` is the size of a cell's extent."""
+
+    def __init__(self, origin: Origin, cell_bytes: Sequence[int]) -> None:
+        self.origin = origin
+        self.cell_bytes = tuple(cell_bytes)
+        self.chunk_bytes = sum(cell_bytes)
+        self.all_cells = (1 << len(cell_bytes)) - 1
+        self.entries: dict[bytes, Entry] = {}
+
+
+class RequestState(StrEnum):
+    """A lookup's life."""
+
+    WALKING = "walking"  # a tier is being asked which chunks it has
+    PENDING = "pending"  # chunks are being loaded
+    READY = "ready"
+    MISS = "miss"
+    CLAIMED = "claimed"
+
+
+class Request:
+    """One lookup: the prefix found so far, and what holds it."""
+
+    __slots__ = (
+        "chain",
+        "deadline",
+        "entries",
+        "fetch",
+        "fidelity",
+        "hold",
+        "lacking",
+        "length",
+        "limit",
+        "pending",
+        "prefetch",
+        "rid",
+        "space",
+        "state",
+        "tier",
+        "why",
+    )
+
+    def __init__(self, space: Space, rid: str, chain: Chain, prefetch: bool, deadline: float) -> None:
+        self.space = space
+        self.rid = rid
+        self.chain = chain
+        self.length = len(chain)
+        self.prefetch = prefetch
+        self.deadline = deadline
+        self.state = RequestState.WALKING
+        self.entries: list[Entry | None] = []  # None: only a tier has it
+        self.fetch: dict[int, int] = {}  # position -> tier
+        self.tier = 0  # the tier to ask next at this position
+        self.lacking = -1  # a tier whose earlier answer already says that it lacks this position
+        self.hold: Entry | None = None
+        self.limit = 0
+        self.pending = 0  # entries within the limit that are being loaded
+        self.why = ""
+        self.fidelity = space.origin.fidelity
+
+    def sources(self, tiers: Sequence[str]) -> dict[str, int]:
+        found = Counter(tiers[self.fetch[i]] if i in self.fetch else "pool" for i in range(self.limit))
+        return dict(found)
+
+
+@dataclass(slots=True)
+class Lease:
+    """A hard lease: every entry is held until the last part is given back."""
+
+    entries: list[Entry]
+    parts: set[int]
+
+
+@dataclass(slots=True)
+class Reserved:
+    """Room given to a writer, by absolute chunk number: the entry, and which of its cells."""
+
+    entries: dict[int, Entry]
+    cells: dict[int, tuple[int, ...]]
