@@ -19,7 +19,7 @@ class Row(msgspec.Struct):
 
     Attributes:
         ratio: measured to reference; what it means is in the name.
-        bar: what the ratio has to reach; 0 = reported only.
+        bar: what the ratio has to reach, or for a cost not to exceed; 0 = reported only.
         holds: whether it does.
         raw: samples and facts behind the ratio.
     """
@@ -88,6 +88,12 @@ def paired(
 def at_least(name: str, result: Paired, bar: float = 0.0, **facts: Any) -> Row:
     """A row that holds where the ratio reaches the bar. ``facts`` are added to ``raw``."""
     return Row(name, result.ratio, bar, result.ratio >= bar, {**result.raw(), **facts})
+
+
+def at_most(name: str, result: Paired, bar: float, **facts: Any) -> Row:
+    """A row for a cost: time measured / reference time, which holds where it does not exceed the bar."""
+    cost = 1 / result.ratio
+    return Row(name, cost, bar, cost <= bar, {**result.raw(), **facts})
 
 
 def table(rows: list[Row]) -> str:

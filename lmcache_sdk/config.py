@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -97,6 +98,8 @@ def load_config(
         value = environment.get(ENVIRONMENT_PREFIX + name.upper())
         if value is not None:
             settings[name] = value
+    for variable in environment:
+        _not_misspelt(variable, names)
     for name, value in (flags or {}).items():
         if value is not None:
             _known(name, names, "flags")
@@ -110,8 +113,11 @@ def load_config(
         raise ConfigError(f"bad setting: {error}") from error
     if config.chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1, got {config.chunk_tokens}")
-    if config.wait_s < 0:
-        raise ConfigError(f"wait_s must not be negative, got {config.wait_s}")
+    for name in ("layers_per_cell", "heads_per_cell", "wait_s"):
+        if not getattr(config, name) >= 0:  # nor is it a number if it is NaN
+            raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
+    if config.log_level.upper() not in (levels := logging.getLevelNamesMapping()):
+        raise ConfigError(f"log_level must be one of {', '.join(levels)}, got {config.log_level!r}")
     return config
 
 
@@ -119,10 +125,10 @@ def _read_yaml(path: Path, names: list[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if content is None:
         return {}
@@ -131,6 +137,17 @@ def _read_yaml(path: Path, names: list[str]) -> dict[str, Any]:
     for name in content:
         _known(str(name), names, str(path))
     return content
+
+
+def _not_misspelt(variable: str, names: list[str]) -> None:
+    """Refuse an environment variable that is nearly a setting's. Others with the prefix are other programs' affair."""
+    name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+    if name == variable.lower() or name in names:
+        return
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    if close:
+        meant = ENVIRONMENT_PREFIX + close[0].upper()
+        raise ConfigError(f"unknown setting {variable!r} in the environment; did you mean {meant!r}?")
 
 
 def _known(name: str, names: list[str], where: str) -> None:

@@ -266,13 +266,14 @@ def _checked(planes: Sequence[Plane], heads: tuple[int, int], plan: Plan, chunk:
     chosen = planes if isinstance(planes, Planes) else Planes(planes)
     first, end = heads
     dim, itemsize = chosen[0].dim, chosen[0].itemsize
-    for geometry, index, _, _ in chosen.by_geometry:
+    for alike in chosen.alike:
+        geometry, plane = alike.geometry, chosen[alike.first]
         if (geometry.dim, geometry.itemsize) != (dim, itemsize):
-            raise LayoutError(f"planes of different rows in one copy: {chosen[0].name} and {chosen[index].name}")
+            raise LayoutError(f"planes of different rows in one copy: {chosen[0].name} and {plane.name}")
         if not 0 <= first < end <= geometry.heads:
-            raise LayoutError(f"heads {first} .. {end - 1} are not in {chosen[index].name}")
+            raise LayoutError(f"heads {first} .. {end - 1} are not in {plane.name}")
         if plan.highest >= geometry.slots:
-            raise LayoutError(f"slot {plan.highest} is not in {chosen[index].name}")
+            raise LayoutError(f"slot {plan.highest} is not in {plane.name}")
     if not isinstance(chunk, np.ndarray) or chunk.dtype != np.uint8 or not chunk.flags.c_contiguous:
         raise LayoutError(f"a chunk is a C-contiguous numpy array of uint8, not {_what(chunk)}")
     nbytes = len(chosen) * plan.tokens * (end - first) * dim * itemsize

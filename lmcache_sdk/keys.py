@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from lmcache_sdk.errors import ConfigError
 
-KEY_VERSION = 1
 DIGEST_BYTES = 32
 
 Tokens = npt.NDArray[np.uint32]
@@ -26,19 +25,25 @@ _sha256 = hashlib.sha256
 
 
 def as_tokens(tokens: Sequence[int] | npt.NDArray[Any]) -> Tokens:
-    """Token ids as one contiguous uint32 array (no copy if it already is one).
+    """Token ids as one contiguous little-endian uint32 array (no copy if it already is one).
 
     Raises:
-        ConfigError: an id is negative or does not fit 32 bits.
+        ConfigError: not one flat sequence of integers within ``0 .. 2**32 - 1``.
     """
-    if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint32:
-        return np.ascontiguousarray(tokens)
-    wide = np.asarray(tokens, dtype=np.int64)
-    if wide.ndim != 1:
-        raise ConfigError(f"token ids must be one flat sequence, got shape {wide.shape}")
-    if wide.size and (int(wide.min()) < 0 or int(wide.max()) > 0xFFFFFFFF):
-        raise ConfigError("token ids must be within 0 .. 2**32 - 1")
-    return wide.astype("<u4")
+    try:
+        given = np.asarray(tokens)
+    except (OverflowError, ValueError) as error:
+        raise ConfigError(f"token ids must be one flat sequence of integers: {error}") from error
+    if given.ndim != 1:
+        raise ConfigError(f"token ids must be one flat sequence, got shape {given.shape}")
+    if given.dtype != np.uint32 and given.size:
+        if given.dtype.kind not in "iu":  # a float would be cut off, a huge integer is an object
+            raise ConfigError(f"token ids must be integers within 0 .. 2**32 - 1, got {given.dtype} values")
+        if int(given.min()) < 0 or int(given.max()) > 0xFFFFFFFF:
+            raise ConfigError(
+                f"token ids must be within 0 .. 2**32 - 1, got {int(given.min())} .. {int(given.max())}"
+            )
+    return np.ascontiguousarray(given, dtype="<u4")
 
 
 def request_seed(*, extra_key: str | None = None, cache_salt: str | None = None) -> bytes:
@@ -54,12 +59,19 @@ def request_seed(*, extra_key: str | None = None, cache_salt: str | None = None)
         if part is None:
             frame.append(b"\x00")
         else:
-            text = part.encode()
+            text = _utf8(part)
             frame.append(b"\x01" + len(text).to_bytes(8, "little") + text)
     return _sha256(b"".join(frame)).digest()
 
 
-class Overlay(msgspec.Struct, frozen=True):
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text!r} cannot be part of a key: {error.reason}") from error
+
+
+class Overlay(msgspec.Struct, frozen=True, order=True):
     """Something other than tokens that fills the positions ``start .. end - 1`` (an image, audio).
 
     It enters only the digests of the chunks that it overlaps, so that a late image leaves an earlier shared prefix
@@ -75,11 +87,14 @@ class Chain:
     """The digests of a request's full chunks, hashed lazily and front first, each once. Hashing is thread-safe.
 
     Args:
-        tokens: the request's token ids, shape [n].
+        tokens: the request's token ids, shape [n]. A uint32 array is not copied, and must not be changed.
         chunk_tokens: tokens in a chunk. Only full chunks have a digest: ``len(chain) == n // chunk_tokens``.
         cache_salt, extra_key: constant for the request; they enter the seed.
         tenant: whose quota the chunks count against. Not part of the key.
-        overlays: what is not text among the tokens.
+        overlays: what is not text among the tokens, in any order.
+
+    Raises:
+        ConfigError: token ids, a chunk size or an overlay that cannot be.
     """
 
     def __init__(
@@ -97,11 +112,15 @@ class Chain:
         self.chunk_tokens = chunk_tokens
         self.tenant = tenant
         self._tokens = as_tokens(tokens)
-        self._overlays = tuple(overlays)
+        self._overlays = tuple(sorted(overlays))
+        for overlay in self._overlays:
+            if not 0 <= overlay.start < overlay.end:
+                raise ConfigError(f"an overlay covers positions start .. end - 1, got {overlay}")
         self._last = request_seed(extra_key=extra_key, cache_salt=cache_salt)
         self._digests: list[bytes] = []
         self._length = self._tokens.size // chunk_tokens
         self._hashing = threading.Lock()  # a store's I/O thread may hash on while the engine asks again
+        self._by_digests = False
         self.positions_known = True
 
     @classmethod
@@ -115,6 +134,7 @@ class Chain:
         chain = cls((), chunk_tokens, tenant=tenant)
         chain._digests = list(digests)
         chain._length = len(chain._digests)
+        chain._by_digests = True
         chain.positions_known = positions_known
         return chain
 
@@ -137,7 +157,7 @@ class Chain:
 
     def extend(self, tokens: Sequence[int] | npt.NDArray[Any]) -> None:
         """Append token ids (generated ones). What was hashed stays hashed."""
-        if self._length and not self._tokens.size:
+        if self._by_digests:
             raise ConfigError("a chain that was made from digests cannot be extended by tokens")
         self._tokens = np.concatenate([self._tokens, as_tokens(tokens)])
         self._length = self._tokens.size // self.chunk_tokens
@@ -165,7 +185,7 @@ class Chain:
         frame = []
         for overlay in self._overlays:
             if overlay.start < first + self.chunk_tokens and overlay.end > first:
-                text = overlay.identifier.encode()
+                text = _utf8(overlay.identifier)
                 frame.append((overlay.start - first).to_bytes(8, "little", signed=True))
                 frame.append((overlay.end - first).to_bytes(8, "little", signed=True))
                 frame.append(len(text).to_bytes(8, "little") + text)

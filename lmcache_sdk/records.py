@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from lmcache_sdk.codecs import RawCodec
 from lmcache_sdk.errors import RecordError
 from lmcache_sdk.keys import Origin, key_text
 
@@ -61,8 +62,15 @@ class Header(NamedTuple):
     payload_checksum: int
 
 
+def _text(text: str, nbytes: int) -> bytes:
+    encoded = text.encode("ascii")
+    if len(encoded) > nbytes:  # struct would cut it off, and the record would never be found
+        raise ValueError(f"{text!r} does not fit a field of {nbytes} bytes")
+    return encoded
+
+
 def write_header(into: memoryview, header: Header) -> None:
-    """Fill the first 256 bytes of ``into``."""
+    """Fill the first 256 bytes of ``into``. Raises ValueError for a name that does not fit its field."""
     origin = header.key.origin
     _FIELDS.pack_into(
         into,
@@ -74,13 +82,13 @@ def write_header(into: memoryview, header: Header) -> None:
         bytes.fromhex(origin.namespace),
         bytes.fromhex(origin.producer),
         header.key.digest,
-        header.key.group.encode(),
-        header.key.cell.encode(),
+        _text(header.key.group, 16),
+        _text(header.key.cell, 32),
         header.token_count,
         0,
         header.first_position,
-        origin.fidelity.encode(),
-        header.codec.encode(),
+        _text(origin.fidelity, 32),
+        _text(header.codec, 16),
         header.codec_parameter,
         header.logical_bytes,
         header.stored_bytes,
@@ -132,7 +140,12 @@ def check_record(record: memoryview, key: RecordKey, logical_bytes: int) -> Head
     header = read_header(record)
     if header.key != key:
         raise RecordError("key", f"the record says it is {header.key}")
-    if header.logical_bytes != logical_bytes or len(record) != HEADER_BYTES + header.stored_bytes:
+    unencoded = header.codec == RawCodec.name
+    if (
+        header.logical_bytes != logical_bytes
+        or len(record) != HEADER_BYTES + header.stored_bytes
+        or (unencoded and header.stored_bytes != logical_bytes)  # it is used in place: every byte must be there
+    ):
         raise RecordError(
             "length",
             f"record of {len(record)} bytes says {header.stored_bytes} stored, {header.logical_bytes} decoded; "

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ from lmcache_sdk.errors import ConfigError, UnsupportedError
 
 SCHEMA_VERSION = 1
 DEFAULT_CHUNK_TOKENS = 64
+
+def canonical_json(value: Any) -> bytes:
+    """The one text of a value that ids are digests of: sorted keys, no spaces, ASCII (``docs/key-format.md``)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
 
 DTYPE_BYTES = {
     "bfloat16": 2,
@@ -45,13 +52,14 @@ class GroupKind(StrEnum):
 
 
 SERVED_KINDS = (GroupKind.FULL, GroupKind.LATENT)
+_GROUP_NAME = re.compile(r"[a-z0-9_-]{1,16}")
 
 
 class Group(msgspec.Struct, frozen=True, dict=True):
     """Layers whose KV has one shape.
 
     Attributes:
-        name: unique in the spec; part of the key.
+        name: unique in the spec, at most 16 of ``a-z``, ``0-9``, ``_``, ``-``; part of the key.
         kind: ``full`` stores K and V of ``heads x dim``; ``latent`` one row of ``dim`` (``heads`` is 1).
         layers: global layer numbers, ascending.
         heads: KV heads of the whole model (not of a rank).
@@ -128,7 +136,15 @@ class KVSpec(msgspec.Struct, frozen=True, dict=True):
             raise ConfigError("a KV spec needs at least one group")
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        if self.grid.layers_per_cell < 0 or self.grid.heads_per_cell < 0:
+            raise ConfigError(f"a cell has at least 1 layer and head (0 = do not cut), got {self.grid}")
+        if len({group.name for group in self.groups}) != len(self.groups):
+            raise ConfigError(f"KV groups need different names, got {', '.join(g.name for g in self.groups)}")
         for group in self.groups:
+            if not _GROUP_NAME.fullmatch(group.name):
+                raise ConfigError(
+                    f"KV group {group.name!r}: a name is 1 to 16 of a-z, 0-9, _ and - (it is part of the key)"
+                )
             if group.kind not in SERVED_KINDS:
                 raise UnsupportedError(
                     f"KV group {group.name!r} is of kind {group.kind.value!r}; served are: "
@@ -140,6 +156,8 @@ class KVSpec(msgspec.Struct, frozen=True, dict=True):
                 raise UnsupportedError(f"KV dtype {group.dtype!r}; served are: {', '.join(DTYPE_BYTES)}")
             if not group.layers or group.heads < 1 or group.dim < 1:
                 raise ConfigError(f"KV group {group.name!r} has no layers, heads or width: {group}")
+            if group.layers[0] < 0 or any(a >= b for a, b in pairwise(group.layers)):
+                raise ConfigError(f"KV group {group.name!r}: layers must ascend, got {group.layers}")
             if group.kind == GroupKind.LATENT and group.heads != 1:
                 raise ConfigError(f"a latent group has one head, {group.name!r} has {group.heads}")
 
@@ -229,8 +247,7 @@ class Namespace(msgspec.Struct, frozen=True, dict=True):
         facts = msgspec.to_builtins(self)
         del facts["label"], facts["source"]
         facts["schema"] = SCHEMA_VERSION
-        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(canonical_json(facts)).hexdigest()[:32]
 
 
 class Producer(msgspec.Struct, frozen=True, dict=True):
@@ -253,8 +270,8 @@ class Producer(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def id(self) -> str:
         """16 hex digits."""
-        text = json.dumps([self.engine, self.version, self.device])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = canonical_json([self.engine, self.version, self.device])
+        return hashlib.sha256(text).hexdigest()[:16]
 
 
 # What an HF config says about layers that are not full attention, by key. A model that has one of these is refused
@@ -263,25 +280,22 @@ _HYBRID_KEYS = {
     "mamba_d_state": "state-space layers",
     "state_size": "state-space layers",
     "ssm_cfg": "state-space layers",
+    "ssm_state_size": "state-space layers",
     "linear_num_key_heads": "linear-attention layers",
     "attention_chunk_size": "chunked attention",
     "attn_layer_period": "hybrid layers",
     "layers_block_type": "hybrid layers",
+    "hybrid_override_pattern": "hybrid layers",
+    "block_types": "hybrid layers",
     "cross_attention_layers": "cross-attention layers",
 }
-_ROPE_KEYS = (
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "rotary_pct",
-    "rope_type",
-    "position_embedding_type",
-)
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_pct", "rope_type", "position_embedding_type")
 
 
 def refuse_unserved(config: Mapping[str, Any]) -> None:
     """Raise :class:`UnsupportedError` for a model (its HF ``config.json``) whose layers are not all full attention."""
+    if config.get("text_config"):
+        refuse_unserved(config["text_config"])
     model = config.get("model_type", "this model")
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"{model}: encoder-decoder models are not served")
@@ -314,15 +328,15 @@ def namespace_of(
     """The namespace of a model, from its HF ``config.json``; all adapters use this one function.
 
     Args:
-        config: the text model's configuration.
+        config: the model's configuration with its defaults filled in, or one that holds it as ``text_config``.
         dtype: of the KV cache, which need not be the weights'.
 
     Raises:
         UnsupportedError: a layer kind or dtype that is not served, by name.
         ConfigError: the config lacks a number that is needed.
     """
-    config = config.get("text_config") or config
     refuse_unserved(config)
+    config = config.get("text_config") or config
 
     def number(*names: str) -> int:
         for name in names:
@@ -339,23 +353,40 @@ def namespace_of(
         heads = int(config.get("num_key_value_heads") or query_heads)
         dim = int(config.get("head_dim") or number("hidden_size", "n_embd") // query_heads)
         group = Group("full", GroupKind.FULL, layers, heads, dim, dtype)
-    rope = {key: config[key] for key in _ROPE_KEYS if config.get(key) is not None}
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        # Only scaled RoPE depends on it; a plain model may be served with any context length.
-        rope["max_position_embeddings"] = config.get("max_position_embeddings")
     spec = KVSpec((group,), chunk_tokens, grid or CellGrid())
     spec.validate()
     return Namespace(
         fingerprint=fingerprint,
         spec=spec,
-        rope=json.dumps(rope, sort_keys=True, separators=(",", ":")),
+        rope=canonical_json(rope_facts(config)).decode(),
         quantization=quantization,
         form=form,
         epoch=epoch,
         label=label,
         source=source,
     )
+
+
+def rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the rotation of K, in one spelling for the two that configs have.
+
+    Newer configs hold all of it in ``rope_parameters``, older ones in ``rope_theta`` and ``rope_scaling``: one model
+    must not become two namespaces when an engine moves to a newer Transformers.
+    """
+    facts = {key: config.get(key) for key in _ROPE_KEYS}
+    facts |= {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    old_type = facts.pop("type", None)  # the name before rope_type
+    facts["rope_type"] = facts.get("rope_type") or old_type
+    if facts["rope_type"] == "default":
+        facts["rope_type"] = None
+    if facts["rope_type"]:
+        # Only scaled RoPE depends on it; a plain model may be served with any context length.
+        facts["max_position_embeddings"] = config.get("max_position_embeddings")
+    return {
+        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for key, value in facts.items()
+        if value is not None
+    }
 
 
 # Config entries that do not change what the weights compute.
@@ -380,7 +411,7 @@ def weights_fingerprint(directory: str | os.PathLike[str]) -> str:
     answered from memory while inode, size and modification time of all files stay the same.
 
     Raises:
-        ConfigError: the directory has no config.json or no weight files.
+        ConfigError: the directory has no config.json or no weight files, or one of them is not what its name says.
     """
     root = Path(directory)
     config = root / "config.json"
@@ -395,11 +426,11 @@ def weights_fingerprint(directory: str | os.PathLike[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _fingerprint(files: tuple[tuple[str, int, int, int], ...]) -> str:
-    facts = json.loads(Path(files[0][0]).read_bytes())
+    facts = _json_object(Path(files[0][0]).read_bytes(), files[0][0])
     for noise in _CONFIG_NOISE:
         facts.pop(noise, None)
     sha = hashlib.sha256(b"lmcache-sdk-weights-v1\0")
-    sha.update(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+    sha.update(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())  # NaN occurs in configs
     for name, _, size, _ in files[1:]:
         sha.update(f"\0{Path(name).name}\0{size}\0".encode())
         with Path(name).open("rb") as file:
@@ -408,17 +439,33 @@ def _fingerprint(files: tuple[tuple[str, int, int, int], ...]) -> str:
     return sha.hexdigest()[:32]
 
 
+def _json_object(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{what} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{what} is not a JSON object, it is a {type(found).__name__}")
+    return found
+
+
 def _sample_places(fd: int, name: str, size: int) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of what is hashed of one weight file."""
     spans = [(size * i // 64, size * (i + 1) // 64) for i in range(64)]
     if name.endswith(".safetensors"):
         header = int.from_bytes(os.pread(fd, 8, 0), "little")
-        if not 2 <= header <= min(size, _HEADER_LIMIT):
-            raise ConfigError(f"{name} is not a safetensors file: its header length is {header}")
+        if not 2 <= header <= min(size - 8, _HEADER_LIMIT):
+            raise ConfigError(f"{name} is not a whole safetensors file: its header length is {header}")
         yield 0, 8 + header
-        tensors = json.loads(os.pread(fd, header, 8))
+        tensors = _json_object(os.pread(fd, header, 8), f"the header of {name}")
         tensors.pop("__metadata__", None)
-        spans = [tuple(8 + header + at for at in t["data_offsets"]) for t in tensors.values()]
+        try:
+            offsets = [tensor["data_offsets"] for tensor in tensors.values()]
+            spans = [(8 + header + first, 8 + header + end) for first, end in offsets]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{name} is not a safetensors file: {error!r} in its header") from error
+        if any(not 8 + header <= first <= end <= size for first, end in spans):
+            raise ConfigError(f"{name} is cut off: its header names bytes beyond its {size}")
     for start, end in spans:
         for at in (start, (start + end) // 2, max(start, end - _SAMPLE_BYTES)):
             yield at, min(_SAMPLE_BYTES, end - at)

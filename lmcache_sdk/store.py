@@ -157,6 +157,9 @@ class Store:
         self.metrics = Metrics()
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
+        self._tier_names = [tier.name for tier in tiers]
+        self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
+        self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("none", "pool", *self._tier_names)}
         self._core = Core(
             Extents(sizes),
             [(tier.name, tier.backend.instant) for tier in tiers],
@@ -368,7 +371,7 @@ class Store:
             actions, core.actions = core.actions, []
             if actions:
                 self._changed.notify_all()
-            if core.jobs or core.requests or core.pins:
+            if (core.jobs or core.requests or core.pins) and not self._busy.is_set():
                 self._busy.set()
         for action in actions:
             self._carry_out(action)
@@ -419,7 +422,7 @@ class Store:
         request, backend = probe.request, self.tiers[probe.tier].backend
         opened = self._spaces[request.space]
         cells = len(opened.payload_bytes)
-        count, step, failed = 0, 8, False
+        count, step, failed = 0, 2, False
         try:
             while (at := probe.start + count) < request.length:
                 digests = request.chain.digests(at + step)[at:]
@@ -582,15 +585,17 @@ class Store:
         state = _STATES[request.state]
         if state is not LookupState.READY:
             return Lookup(state, why=request.why)
-        sources = request.sources([tier.name for tier in self.tiers])
+        sources = request.sources(self._tier_names)
         return Lookup(state, range(1, request.limit + 1), request.why, sources)
 
     def _count(self, request: Request) -> None:
+        """Once for each lookup: its tokens by where they were found."""
         chunk_tokens = request.chain.chunk_tokens
-        self.metrics.lookups.labels("hit" if request.limit else "miss").inc()
-        for source, chunks in request.sources([tier.name for tier in self.tiers]).items():
-            self.metrics.lookup_tokens.labels(source).inc(chunks * chunk_tokens)
-        self.metrics.lookup_tokens.labels("none").inc((request.length - request.limit) * chunk_tokens)
+        self._lookups["hit" if request.limit else "miss"].inc()
+        if request.limit:
+            for source, chunks in request.sources(self._tier_names).items():
+                self._tokens[source].inc(chunks * chunk_tokens)
+        self._tokens["none"].inc((request.length - request.limit) * chunk_tokens)
 
     def _observe(self, tier: str, direction: str, nbytes: int, started: float) -> None:
         self.metrics.tier_bytes.labels(tier, direction).inc(nbytes)

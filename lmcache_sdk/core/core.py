@@ -42,7 +42,7 @@ class Limits:
         hold_s: how long a READY lookup is held for its claim.
         fetch_s, put_s: deadline of one job on a tier.
         batch_bytes: size of one job; several jobs run side by side.
-        queue_bytes: writes waiting for one tier; beyond it they are dropped (0 = half the pool).
+        queue_bytes: writes waiting for one tier; beyond it they are dropped (0 = as much as the pool).
         eviction_factor: how many times the wanted bytes may be evicted for one extent, before giving up on a
             fragmented pool.
     """
@@ -89,7 +89,7 @@ class Core:
         self._seal = seal
         self._tick = 0
         self._next_id = 1
-        self._queue_bytes = self.limits.queue_bytes or extents.total_bytes // 2
+        self._queue_bytes = self.limits.queue_bytes or extents.total_bytes
 
     # Events from adapters
 
@@ -360,16 +360,17 @@ class Core:
     def _walk(self, request: Request, now: float) -> None:
         """Extend the prefix through the pool; where it ends there, ask the tiers in turn; then start the loads."""
         entries, chain, index = request.entries, request.chain, request.space.entries
-        before, step, found = len(entries), 8, True
+        before, step, found = len(entries), 2, True
+        reserved = EntryState.RESERVED
         while found and len(entries) < request.length:
             start = len(entries)
             for digest in chain.digests(start + step)[start:]:
                 entry = index.get(digest)
-                if entry is None or entry.state is EntryState.RESERVED:
+                if entry is None or entry.state is reserved:
                     found = False
                     break
                 entries.append(entry)
-            step *= 2
+            step *= 4
         if len(entries) > before:
             request.tier, request.lacking = 0, -1
         if len(entries) < request.length and request.prefetch:
@@ -390,7 +391,11 @@ class Core:
         start: dict[int, list[Entry]] = {}
         chain, space = request.chain, request.space
         digests = chain.digests(len(request.entries))
+        published = EntryState.PUBLISHED
         for position, entry in enumerate(request.entries):
+            if entry is not None and entry.state is published and entry.parent is previous is not None:
+                previous = entry  # the usual case, of thousands
+                continue
             if entry is None or entry.state is EntryState.DEAD:
                 entry = space.entries.get(digests[position])
             if entry is not None and entry.state is EntryState.RESERVED:

@@ -118,8 +118,10 @@ class Request:
         self.fidelity = space.origin.fidelity
 
     def sources(self, tiers: Sequence[str]) -> dict[str, int]:
-        found = Counter(tiers[self.fetch[i]] if i in self.fetch else "pool" for i in range(self.limit))
-        return dict(found)
+        fetched = Counter(tier for position, tier in self.fetch.items() if position < self.limit)
+        found = {tiers[tier]: count for tier, count in fetched.items()}
+        from_pool = self.limit - sum(found.values())
+        return found | {"pool": from_pool} if from_pool else found
 
 
 @dataclass(slots=True)

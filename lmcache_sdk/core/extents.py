@@ -50,6 +50,7 @@ class Extents:
         self._sizes: list[int] = []  # distinct hole sizes, ascending
         self.free_bytes = 0
         for number, size in enumerate(segments):
+            assert size < 1 << SEGMENT_SHIFT, "else extents of two segments would be neighbours"
             size -= size % ALIGNMENT
             self.total_bytes += size
             if size:
@@ -73,6 +74,7 @@ class Extents:
 
     def allocate(self, nbytes: int) -> int | None:
         """The address of ``nbytes`` (rounded up), or None if no hole is large enough."""
+        assert nbytes > 0, "an empty extent would share its address with another"
         want = round_up(nbytes)
         at = bisect_left(self._sizes, want)
         if at == len(self._sizes):
@@ -103,9 +105,11 @@ class Extents:
         self._add_hole(address, size)
 
     def quarantine(self, address: int) -> None:
-        """Take an extent out of use without giving its bytes to anyone else."""
-        self._quarantined.add(address)
-        self.quarantined_bytes += self._allocated[address]
+        """Take an extent out of use without giving its bytes to anyone else. Idempotent; KeyError as in free."""
+        size = self._allocated[address]
+        if address not in self._quarantined:
+            self._quarantined.add(address)
+            self.quarantined_bytes += size
 
     def _add_hole(self, start: int, size: int) -> None:
         self._hole_at[start] = size

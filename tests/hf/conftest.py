@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.hf.tiny import make_model
 from lmcache_adapters.hf import Model, Runner, load_model
+from tests.hf.tiny import make_model
 
 
 @pytest.fixture(scope="session")

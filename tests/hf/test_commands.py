@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import typer
@@ -48,7 +50,7 @@ def test_demo_shows_a_hit_in_a_new_process(tmp_path: Path, tiny_directory: Path)
 
 def test_demo_with_the_real_model(tmp_path: Path, real_directory: Path) -> None:
     figures = tmp_path / "demo.json"
-    arguments = ("demo", "--model", real_directory, "--tokens", 800, "--new-tokens", 8)
+    arguments = ("demo", "--model", real_directory, "--tokens", 800, "--new-tokens", 4)
     result = call(*arguments, "--json", figures, "--store", f"lmdb://{tmp_path}/store?size=1GiB")
     assert result.exit_code == 0, result.output
     assert json.loads(figures.read_bytes())["speedup"] > 1.5
@@ -56,7 +58,11 @@ def test_demo_with_the_real_model(tmp_path: Path, real_directory: Path) -> None:
 
 @pytest.mark.parametrize(
     ("warm", "passed"),
-    [(demo.Answer(0.1, 64, [1], "a"), True), (demo.Answer(0.1, 64, [2], "b"), False), (demo.Answer(1.0, 0, [1], "a"), False)],
+    [
+        (demo.Answer(0.1, 64, [1], "a"), True),
+        (demo.Answer(0.1, 64, [2], "b"), False),
+        (demo.Answer(1.0, 0, [1], "a"), False),
+    ],
 )
 def test_demo_fails_if_an_answer_differs_or_nothing_was_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: demo.Answer, passed: bool
@@ -66,13 +72,36 @@ def test_demo_fails_if_an_answer_differs_or_nothing_was_cached(
     assert call("demo", "--model", "m").exit_code == (0 if passed else 1)
 
 
+class OneTokenALetter:
+    """Stands for an engine that only tokenizes."""
+
+    hello: ClassVar = {"context_tokens": 100_000}
+
+    def call(self, op: str, timeout_s: float, *, text: str = "", messages: list[dict[str, str]] = []) -> Any:  # noqa: B006
+        return {"token_ids": [ord(letter) for letter in text or messages[0]["content"]]}
+
+
+def test_the_document_is_whole_paragraphs_and_long_enough() -> None:
+    prompts = demo._prompts(OneTokenALetter(), 5000, 10)  # type: ignore[arg-type]
+    shared = len(os.path.commonprefix(prompts))
+    assert shared >= 5000
+    assert max(len(prompt) for prompt in prompts) < 6000
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+
+
 @pytest.mark.parametrize(
-    ("option", "message"), [(("--tokens", 5000), "lower --tokens"), (("--new-tokens", 0), "--new-tokens")]
+    ("tokens", "message"),
+    [(99_900, "context of 100000; lower --tokens"), (0, "--tokens must be within"), (10**7, "--tokens must be")],
 )
-def test_demo_names_what_does_not_fit(tiny_directory: Path, option: tuple[str, int], message: str) -> None:
-    result = call("demo", "--model", tiny_directory, *option)
+def test_a_document_that_does_not_fit_is_named(tokens: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        demo._prompts(OneTokenALetter(), tokens, 10)  # type: ignore[arg-type]
+
+
+def test_demo_names_a_bad_option(tiny_directory: Path) -> None:
+    result = call("demo", "--model", tiny_directory, "--new-tokens", 0)
     assert isinstance(result.exception, ConfigError)
-    assert message in str(result.exception)
+    assert "--new-tokens must be at least 1, got 0" in str(result.exception)
 
 
 def test_a_conversation_through_a_pipe(tiny_directory: Path, store_url: str) -> None:

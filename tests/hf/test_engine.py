@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hf.tiny import digest, engine, some_ids, split_logits
 from lmcache_adapters.hf import Runner
 from lmcache_sdk.testing.harness import EngineError, EngineHarness
+from tests.hf.tiny import digest, engine, some_ids, split_logits
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,7 @@ def test_a_store_that_another_process_has_open_is_refused(process: EngineHarness
         engine(tiny_directory, "--cache", url).start()
 
 
-def test_killed_in_the_middle_the_next_process_is_exact(
-    tiny_directory: Path, store_url: str, plain: Runner
-) -> None:
+def test_killed_in_the_middle_the_next_process_is_exact(tiny_directory: Path, store_url: str, plain: Runner) -> None:
     prompts = [some_ids(700, seed=number) for number in range(30)]
     with engine(tiny_directory, "--cache", store_url) as first:
         numbers = [first.send("generate", ids=ids, max_new_tokens=4) for ids in prompts]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.hf.tiny import digest, engine, some_ids, split_logits
 from lmcache_adapters.hf import Model, Runner
 from lmcache_sdk.api import Cache, Chain
+from tests.hf.tiny import digest, engine, some_ids, split_logits
 
 CHUNK = 64
 
@@ -56,6 +56,19 @@ def test_every_dtype_comes_back_exactly(tiny_directory: Path, store_url: str, dt
         warm = runner.generate(ids, max_new_tokens=1, keep_logits=True)
         assert warm.cached_tokens == 192
         np.testing.assert_array_equal(warm.logits, split_logits(runner, ids, 192))
+
+
+def test_the_real_model_is_exact(real_directory: Path, store_url: str) -> None:
+    with Runner(real_directory, store_url) as runner:
+        document = "The cache outlives the engine, and every engine can read it. " * 40
+        ids = runner.model.encode([{"role": "user", "content": document + "What outlives the engine?"}])
+        cold = runner.generate(ids, max_new_tokens=8)
+        assert runner.drain()
+        runner.memory.rows.fill_(torch.nan)
+        warm = runner.generate(ids, max_new_tokens=8, keep_logits=True)
+        assert warm.cached_tokens == (len(ids) - 1) // CHUNK * CHUNK > 512
+        assert warm.token_ids == cold.token_ids
+        np.testing.assert_array_equal(warm.logits, split_logits(runner, ids.tolist(), warm.cached_tokens))
 
 
 def test_negated_keys_in_the_store_change_the_output(runner: Runner) -> None:

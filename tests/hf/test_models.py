@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from tests.hf.tiny import make_model, some_ids, tiny_config, write_config
 from lmcache_adapters.hf import Runner, load_model
 from lmcache_sdk.errors import ConfigError, UnsupportedError
+from tests.hf.tiny import make_model, some_ids, tiny_config, write_config
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -116,7 +116,8 @@ def test_a_directory_that_is_no_model_is_told(tmp_path: Path) -> None:
 
 
 def test_kv_of_another_deployment_is_not_found(tmp_path: Path, tiny_directory: Path, store_url: str) -> None:
-    """Other weights under the same path, another dtype, another chunk size: each misses, and finds its own."""
+    """Other weights under the same path, another dtype, another chunk size: each misses, and finds its
+    own."""
     path = tmp_path / "model"
     shutil.copytree(tiny_directory, path)
     ids = some_ids(200)

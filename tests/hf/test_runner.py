@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from transformers import DynamicCache
 
-from tests.hf.tiny import CONTEXT, some_ids
 from lmcache_adapters.hf import Model, Runner, Sampling
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.open import open_cache
+from tests.hf.tiny import CONTEXT, some_ids
 
 CHUNK = 64
 
@@ -67,9 +67,7 @@ def test_bad_input_is_named(plain: Runner, prompt: Any, settings: dict[str, Any]
     assert plain.generate([3, 4], max_new_tokens=1).token_ids  # and the next request works
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("temperature", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)]
-)
+@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)])
 def test_bad_sampling_is_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field} must .*{value}"):
         Sampling(**{field: value})  # type: ignore[arg-type]
@@ -167,9 +165,7 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(plain: Runner) -> None:
     whole = plain.generate("Hello", max_new_tokens=40, sampling=Sampling(1.0, seed=5))
     stop = whole.text[10:13]
     pieces: list[str] = []
-    cut = plain.generate(
-        "Hello", max_new_tokens=40, sampling=Sampling(1.0, seed=5), stop=stop, stream=pieces.append
-    )
+    cut = plain.generate("Hello", max_new_tokens=40, sampling=Sampling(1.0, seed=5), stop=stop, stream=pieces.append)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert "".join(pieces) == cut.text
     assert cut.finish_reason == "stop"
@@ -212,7 +208,7 @@ def test_a_cache_of_another_model_is_refused(tiny: Model, tiny_directory: Path) 
 
     other = load_model(tiny_directory, chunk_tokens=16)
     cache = open_cache("memory://", namespace=tiny.namespace, producer=tiny.producer)
-    with pytest.raises(ConfigError, match="this cache was opened for"):
+    with pytest.raises(ConfigError, match="the cache was opened for another model"):
         Runner(other, cache)
     cache.close()
 
@@ -250,3 +246,72 @@ def test_a_cache_that_breaks_its_word_does_not_break_generation(
             assert np.isfinite(result.logits).all()
     monkeypatch.undo()
     cache.close()
+
+
+class Late:
+    """A load that has not ended when it is waited for; it ends when it is cancelled, or never."""
+
+    def __init__(self, stops: bool) -> None:
+        self._stops = stops
+        self._cancelled = False
+
+    def done(self) -> bool:
+        return self._cancelled and self._stops
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.done()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def failed_chunks(self) -> list[int]:
+        return [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_load_that_is_late_is_computed_instead(
+    runner: Runner, plain: Runner, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    ids = some_ids(300)
+    expected = plain.generate(ids, max_new_tokens=4).token_ids
+    runner.generate(ids, max_new_tokens=1)
+    assert runner.drain()
+    memory = runner.memory
+    monkeypatch.setattr(runner._reuse._connector, "load", lambda *_: Late(stops))
+    result = runner.generate(ids, max_new_tokens=4)
+    assert (result.cached_tokens, result.token_ids) == (0, expected)
+    # Memory that a copy may still write to is not computed in.
+    assert (runner.memory is memory) == stops
+    assert runner.generate(ids, max_new_tokens=4).token_ids == expected
+
+
+def test_only_what_lies_before_a_failed_chunk_counts(
+    runner: Runner, plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = some_ids(300)
+    runner.generate(ids, max_new_tokens=1)
+    assert runner.drain()
+    connector = runner._reuse._connector
+    assert connector is not None
+    load = connector.load
+
+    def fail_chunk_2(*arguments: Any) -> Any:
+        transfer = load(*arguments)
+        assert transfer.wait(10)
+        runner.memory.rows[:, :, 2 * CHUNK :] = np.nan
+        transfer.fail([2])
+        return transfer
+
+    monkeypatch.setattr(connector, "load", fail_chunk_2)
+    result = runner.generate(ids, max_new_tokens=4)
+    assert result.cached_tokens == 2 * CHUNK
+    assert result.token_ids == plain.generate(ids, max_new_tokens=4).token_ids
+
+
+def test_a_pool_smaller_than_the_prompt_only_means_fewer_hits(tiny: Model, plain: Runner, store_url: str) -> None:
+    ids = some_ids(900)
+    with Runner(tiny, store_url, pool_bytes=5 * tiny.namespace.spec.chunk_bytes) as small:
+        expected = plain.generate(ids, max_new_tokens=4).token_ids
+        for _ in range(3):
+            assert small.generate(ids, max_new_tokens=4).token_ids == expected
+            assert small.drain()

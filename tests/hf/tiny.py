@@ -72,7 +72,8 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 
 def split_logits(runner: Runner, ids: list[int], cached: int) -> np.ndarray:
-    """The reference: the whole prompt in one forward, then the same prompt again behind its first ``cached`` rows."""
+    """The reference: the whole prompt in one forward, then the same prompt again behind its first ``cached``
+    rows."""
     runner.memory.rewind(0)
     runner.model.forward(ids, runner.memory.cache)
     runner.memory.rewind(cached)
@@ -84,6 +85,4 @@ def digest(logits: np.ndarray) -> str:
 
 
 def engine(model: Path, *options: str) -> EngineHarness:
-    return EngineHarness(
-        [sys.executable, "-m", "lmcache_adapters.hf.engine", "--model", str(model), *options]
-    )
+    return EngineHarness([sys.executable, "-m", "lmcache_adapters.hf.engine", "--model", str(model), *options])

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from lmcache_adapters.hf.chat import Chat
     from lmcache_adapters.hf.demo import Report
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Model directory, or an id on the Hugging Face hub.")
-]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="bfloat16, float16 or float32; by default the model's own.")
-]
+ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or an id on the Hugging Face hub.")]
+DtypeOption = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; by default the model's own.")]
 DeviceOption = Annotated[str, typer.Option(help="A torch device.")]
 
 
@@ -38,9 +34,7 @@ def demo(
     ] = None,
     tokens: Annotated[int, typer.Option(help="The document has at least this many tokens.")] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the first question's figures to this file.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the first question's figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG file.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -167,24 +161,22 @@ def _default_cache() -> str:
 
 
 def _show(report: Report) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from lmcache_sdk.config import format_size
 
-    table = Table(
-        "question", title="Time to first token, without a cache and from the store in a new process"
-    )
-    for heading in ("prompt tokens", "cached tokens", "cold (s)", "warm (s)", "ratio"):
+    table = Table("question", box=SIMPLE_HEAD)
+    for heading in ("prompt\ntokens", "cached\ntokens", "TTFT\ncold", "TTFT\nwarm", "ratio", "same\nanswer?"):
         table.add_column(heading, justify="right")
-    table.add_column("same answer?")
     for row in report.rows:
         table.add_row(
             row.question,
             str(row.prompt_tokens),
             str(row.warm.cached_tokens),
-            f"{row.cold.ttft_s:.2f}",
-            f"{row.warm.ttft_s:.2f}",
+            f"{row.cold.ttft_s:.2f} s",
+            f"{row.warm.ttft_s:.2f} s",
             f"{row.speedup:.1f}×",
             "yes" if row.tokens_equal else "NO",
         )
@@ -192,4 +184,7 @@ def _show(report: Report) -> None:
     for row in report.rows:
         console.print(f"{row.question} {row.warm.text!r}", highlight=False, markup=False)
     console.print(table)
-    console.print(f"The store has {format_size(report.store_bytes)}.")
+    console.print(
+        "TTFT: time to first token. Cold: without a cache. Warm: from the store, in a new process. "
+        f"The store has {format_size(report.store_bytes)}."
+    )

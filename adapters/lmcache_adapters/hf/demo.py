@@ -29,7 +29,7 @@ CHAPTERS = (
 QUESTIONS = (
     "When is the finally clause of a try statement executed?",
     "What does the with statement do?",
-    "What happens to the else clause of a for loop after a break?",
+    "What is the while statement used for?",
 )
 INSTRUCTION = "Read this chapter of a manual, then answer the question below it in one sentence."
 WARM_UP_TOKENS = 96
@@ -186,17 +186,13 @@ def plot(report: Report, file: Path) -> None:
 def _ask(
     engine: EngineHarness, prompts: Sequence[list[int]], new_tokens: int, phase: str, progress: Progress
 ) -> list[Answer]:
-    engine.generate(
-        list(range(1, WARM_UP_TOKENS + 1)), max_new_tokens=4, store=False, timeout_s=ANSWER_TIMEOUT_S
-    )
+    engine.generate(list(range(1, WARM_UP_TOKENS + 1)), max_new_tokens=4, store=False, timeout_s=ANSWER_TIMEOUT_S)
     answers = []
     for number, prompt in enumerate(prompts, start=1):
         progress(f"{phase}: question {number} of {len(prompts)}, {len(prompt)} tokens")
         reply = engine.generate(prompt, max_new_tokens=new_tokens, timeout_s=ANSWER_TIMEOUT_S)
         answers.append(Answer(reply["ttft_s"], reply["cached_tokens"], reply["token_ids"], reply["text"]))
-        progress(
-            f"{phase}: first token after {reply['ttft_s']:.2f} s, {reply['cached_tokens']} tokens from the cache"
-        )
+        progress(f"{phase}: first token after {reply['ttft_s']:.2f} s, {reply['cached_tokens']} tokens from the cache")
     return answers
 
 
@@ -210,8 +206,8 @@ def _prompts(engine: EngineHarness, tokens: int, new_tokens: int) -> list[list[i
         context = engine.hello["context_tokens"]
         if len(prompt) + new_tokens > context:
             raise ConfigError(
-                f"a document of {tokens} tokens and {new_tokens} new ones do not fit the model's context of {context}; "
-                "lower --tokens"
+                f"a document of {tokens} tokens and {new_tokens} new ones do not fit the model's context of "
+                f"{context}; lower --tokens"
             )
         prompts.append(prompt)
     return prompts

@@ -141,9 +141,7 @@ def _take_stdout() -> IO[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until told to stop; the answer is the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="lmcache_adapters.hf.engine", description="HF runner on JSON lines."
-    )
+    parser = argparse.ArgumentParser(prog="lmcache_adapters.hf.engine", description="HF runner on JSON lines.")
     parser.add_argument("--model", required=True, help="model directory or hub id")
     parser.add_argument("--cache", help="URL of the store; without it there is no cache")
     parser.add_argument("--device", default="cpu")

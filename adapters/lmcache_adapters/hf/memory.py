@@ -115,29 +115,24 @@ class KVMemory:
         )
 
     def write(
-        self,
-        layer: int,
-        slots: npt.NDArray[np.int64],
-        keys: npt.NDArray[np.uint8],
-        values: npt.NDArray[np.uint8],
+        self, layer: int, slots: npt.NDArray[np.int64], k: npt.NDArray[np.uint8], v: npt.NDArray[np.uint8] | None
     ) -> None:
         """Write rows the way a forward pass does; the connector proves its stride table against this.
 
         Args:
             layer: global layer number.
             slots: int64 [n].
-            keys, values: uint8 [n, heads, dim * itemsize].
+            k, v: uint8 [n, heads, dim * itemsize].
         """
+        assert v is not None  # only latent layers have none, and those are refused
         target = self.layers[self.group.layers.index(layer)]
-        before = target.length
-        rows = [self._states(keys), self._states(values)]
+        keys, values, before = self._states(k), self._states(v), target.length
         for at, slot in enumerate(slots.tolist()):
             target.length = slot
-            target.update(rows[0][:, :, at : at + 1], rows[1][:, :, at : at + 1])
+            target.update(keys[:, :, at : at + 1], values[:, :, at : at + 1])
         target.length = before
 
     def _states(self, rows: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """uint8 [n, heads, dim * itemsize] -> [1, heads, n, dim], the shape that attention layers hand
-        over."""
-        raw = torch.from_numpy(np.ascontiguousarray(rows).copy())
+        """uint8 [n, heads, dim * itemsize] -> [1, heads, n, dim], the shape that attention layers hand over."""
+        raw = torch.from_numpy(np.array(rows, order="C"))
         return raw.view(self.rows.dtype).transpose(0, 1)[None].to(self.rows.device)

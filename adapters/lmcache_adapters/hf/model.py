@@ -94,18 +94,14 @@ class Model:
         if tokens.size == 0:
             raise ConfigError("the prompt is empty; give at least one token")
         if int(tokens.max()) >= vocabulary:
-            raise ConfigError(
-                f"token id {int(tokens.max())} is outside the model's vocabulary of {vocabulary}"
-            )
+            raise ConfigError(f"token id {int(tokens.max())} is outside the model's vocabulary of {vocabulary}")
         return tokens
 
     def render(self, messages: Messages) -> str:
         """Messages through the model's chat template, up to where the reply begins."""
         tokenizer = self._tokenizer_for("messages")
         if not tokenizer.chat_template:
-            raise ConfigError(
-                f"{self.namespace.label} has no chat template; give the prompt as text or token ids"
-            )
+            raise ConfigError(f"{self.namespace.label} has no chat template; give the prompt as text or token ids")
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
 
@@ -116,9 +112,7 @@ class Model:
 
     def _tokenizer_for(self, what: str) -> Any:
         if self.tokenizer is None:
-            raise ConfigError(
-                f"{self.namespace.label} has no tokenizer, so {what} cannot be used; give token ids"
-            )
+            raise ConfigError(f"{self.namespace.label} has no tokenizer, so {what} cannot be used; give token ids")
         return self.tokenizer
 
 
@@ -191,9 +185,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{text!r} is neither a directory nor a model on the hub that can be read: {error}"
@@ -247,8 +239,8 @@ def _refuse_length_dependent_rope(config: Any) -> None:
     kind = rope.get("rope_type")
     if kind in ("dynamic", "longrope"):
         raise UnsupportedError(
-            f"{config.model_type} has RoPE of type {kind!r}: its keys depend on the length of the whole sequence, "
-            "so that those of a prefix cannot be reused"
+            f"{config.model_type} has RoPE of type {kind!r}: its keys depend on the length of the whole "
+            "sequence, so that those of a prefix cannot be reused"
         )
 
 
@@ -267,12 +259,9 @@ def _check_kv(network: Any, group: Group) -> None:
         network(input_ids=torch.zeros((1, 1), dtype=torch.long, device=network.device), past_key_values=cache)
     expected = (1, group.heads, 1, group.dim)
     for number, layer in enumerate(cache.layers):
-        found = [
-            (tuple(side.shape), side.dtype) if side is not None else None
-            for side in (layer.keys, layer.values)
-        ]
+        found = [(tuple(side.shape), side.dtype) if side is not None else None for side in (layer.keys, layer.values)]
         if found != [(expected, getattr(torch, group.dtype))] * 2:
             raise UnsupportedError(
-                f"{network.config.model_type} caches K and V of {found} in layer {number}; served is {expected} of "
-                f"{group.dtype} for both"
+                f"{network.config.model_type} caches K and V of {found} in layer {number}; "
+                f"served is {expected} of {group.dtype} for both"
             )

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from lmcache_sdk.connector import GPUConnector
 
 from lmcache_adapters.hf.memory import KVMemory
 from lmcache_adapters.hf.model import Model
 from lmcache_sdk.api import Cache, LookupState, Transfer
+from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.keys import Chain
 
 logger = logging.getLogger("lmcache_sdk.hf")
@@ -93,13 +93,15 @@ class ReusableMemory:
 
     def forget(self, rid: str) -> None:
         """The request has ended."""
-        if self._cache is not None:
+        if self._cache is not None and self._connector is not None:
             self._cache.forget(rid)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything saved so far has reached the store; False if that took too long."""
-        if self._cache is None or self._connector is None:
+        if self._cache is None:
             return True
+        if self._connector is None:
+            return False
         deadline = time.monotonic() + timeout_s
         return self._connector.drain(timeout_s) and self._cache.drain(max(0.0, deadline - time.monotonic()))
 
@@ -122,9 +124,11 @@ class ReusableMemory:
         if ticket is None:
             return Restored(seconds=time.perf_counter() - begin)
         transfer = connector.load(ticket, _slots(0, boundary, chain))
-        if not transfer.wait(self._timeout_s):
-            self._stop(transfer)
-            return Restored(seconds=time.perf_counter() - begin)
+        try:
+            transfer.wait(self._timeout_s)
+        finally:  # also when the user interrupts
+            if not transfer.done():
+                self._stop(transfer)
         chunks = min(transfer.failed_chunks(), default=boundary)
         return Restored(chunks, time.perf_counter() - begin, lookup.sources, ticket.fidelity)
 

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from lmcache_sdk.open import open_cache
 
 from lmcache_adapters.hf.memory import KVMemory
 from lmcache_adapters.hf.model import Model, Prompt, load_model
@@ -25,6 +24,7 @@ from lmcache_adapters.hf.text import TextStream
 from lmcache_sdk.api import Cache
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.keys import Chain, Tokens
+from lmcache_sdk.open import open_cache
 from lmcache_sdk.spec import DEFAULT_CHUNK_TOKENS
 
 logger = logging.getLogger("lmcache_sdk.hf")
@@ -100,9 +100,7 @@ class Runner:
                 chunk_tokens=DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
             )
         elif (device, dtype, chunk_tokens) != (None, None, None):
-            raise ConfigError(
-                "device, dtype and chunk_tokens belong to load_model() when a loaded model is given"
-            )
+            raise ConfigError("device, dtype and chunk_tokens belong to load_model() when a loaded model is given")
         self.model = model
         self.context_tokens = _context(model, context_tokens)
         self._owns_cache = isinstance(cache, str)
@@ -161,9 +159,7 @@ class Runner:
                 # One token is always computed: it is its logits that choose the first new token.
                 usable = (ids.size - 1) // chain.chunk_tokens if load else 0
                 restored = self._reuse.restore(rid, chain, usable)
-                store = (
-                    store and restored.fidelity == EXACT
-                )  # what was built on inexact KV is not exact either
+                store = store and restored.fidelity == EXACT  # what was built on inexact KV is not exact either
                 logits = self._forward(ids[restored.chunks * chain.chunk_tokens :])
                 token = sampler(logits)
                 ttft_s = time.perf_counter() - begin
@@ -267,20 +263,18 @@ def _open(url: str, model: Model, pool_bytes: int) -> Cache:
 
 
 def _check_same_model(cache: Cache | None, model: Model) -> None:
-    if cache is not None and cache.namespace.id != model.namespace.id:
-        raise ConfigError(
-            f"this cache was opened for {cache.namespace.label or cache.namespace.id}, not for "
-            f"{model.namespace.label or model.namespace.id} in the same dtype and chunk size"
-        )
+    if cache is None:
+        return
+    for opened, ours in ((cache.namespace, model.namespace), (cache.producer, model.producer)):
+        if opened.id != ours.id:
+            raise ConfigError(f"the cache was opened for another model or in another way: {opened}, not {ours}")
 
 
 def _context(model: Model, asked: int | None) -> int:
     if asked is None:
         return min(model.context_tokens, LONGEST_DEFAULT_CONTEXT)
     if not 1 <= asked <= model.context_tokens:
-        raise ConfigError(
-            f"context_tokens must be within 1 .. {model.context_tokens} for this model, got {asked}"
-        )
+        raise ConfigError(f"context_tokens must be within 1 .. {model.context_tokens} for this model, got {asked}")
     return asked
 
 
