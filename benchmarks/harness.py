@@ -62,9 +62,7 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def paired(
-    function: Callable[[], object], reference: Callable[[], object], nbytes: int, repeats: int = 9
-) -> Paired:
+def paired(function: Callable[[], object], reference: Callable[[], object], nbytes: int, repeats: int = 9) -> Paired:
     """Run both in turn, after one unmeasured run of each; which of the two goes first alternates.
 
     Args:

@@ -27,9 +27,7 @@ def _filled(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 def _layout(arrays: list[list[Array]], axes: tuple[tuple[str, ...], tuple[str, ...]]) -> KVLayout:
     planes = (
-        Plane.of(
-            arrays[layer][role], axes[role], group="full", layer=layer, role="kv"[role], dtype="bfloat16"
-        )
+        Plane.of(arrays[layer][role], axes[role], group="full", layer=layer, role="kv"[role], dtype="bfloat16")
         for layer in range(LAYERS)
         for role in range(2)
     )
@@ -45,9 +43,7 @@ def _nhd(rng: np.random.Generator) -> KVLayout:
 def _hnd(rng: np.random.Generator) -> KVLayout:
     """Each layer one array: [2, pages, heads, page, dim]."""
     axes = ("page", "head", "token", "dim")
-    return _layout(
-        [list(_filled(rng, (2, PAGES, HEADS, PAGE_TOKENS, DIM))) for _ in range(LAYERS)], (axes, axes)
-    )
+    return _layout([list(_filled(rng, (2, PAGES, HEADS, PAGE_TOKENS, DIM))) for _ in range(LAYERS)], (axes, axes))
 
 
 def _vllm_cpu(rng: np.random.Generator) -> KVLayout:

@@ -200,8 +200,8 @@ class Cache(Protocol):
         """Give reserved room back unwritten."""
         ...
 
-    def segment(self, index: int) -> Bytes:
-        """The memory of one pool segment, uint8 [nbytes]. Raises IndexError for a segment that does not exist."""
+    def segments(self, boot: str) -> Sequence[Bytes]:
+        """The pool's memory, uint8 [nbytes] a segment, as it was for tickets of this ``boot``; () if that is gone."""
         ...
 
     def pin(self, chain: Chain, ttl_s: float) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache_sdk.api import Bytes, Cache, Reservation, Ticket
+from lmcache_sdk.api import Bytes, Cache, Ticket
 from lmcache_sdk.errors import LayoutError
 from lmcache_sdk.kernels import Kernels, Plan, kernels_for
 from lmcache_sdk.keys import Chain
@@ -239,7 +239,7 @@ class GPUConnector:
     def _load(self, transfer: CopyTransfer, ticket: Ticket, slots: Slots) -> None:
         try:
             width = self._spec.chunk_tokens
-            places = ticket.places()
+            places, segments = ticket.places(), self._memory(ticket.boot)
             if len(slots) != len(places) * width:
                 raise LayoutError(f"{len(slots)} slots for {len(places)} chunks of {width} tokens")
             plans = [self._kernels.plan(self._layout, slots[at : at + width]) for at in range(0, len(slots), width)]
@@ -254,7 +254,7 @@ class GPUConnector:
                         transfer.fail_all()
                         return
                     try:
-                        payload = self._payload(places[chunk, column[step.cell]], step)
+                        payload = _payload(segments, places[chunk, column[step.cell]], step)
                         self._kernels.scatter(planes, step.heads, plan, payload)
                     except LayoutError as error:
                         _log.warning("chunk %d was not loaded: %s", ticket.first + chunk, error)
@@ -275,13 +275,14 @@ class GPUConnector:
             return
         written: list[int] = []
         try:
-            places = reservation.places()
+            places, segments = reservation.places(), self._memory(reservation.boot)
             for row, chunk in enumerate(reservation.chunks):
                 if transfer.cancelled:
                     break
                 at = (chunk - first) * width
                 try:
-                    self._gather(reservation, places[row], self._kernels.plan(self._layout, slots[at : at + width]))
+                    plan = self._kernels.plan(self._layout, slots[at : at + width])
+                    self._gather(segments, reservation.cells, places[row], plan)
                     written.append(chunk)
                 except LayoutError as error:
                     _log.warning("chunk %d was not stored: %s", chunk, error)
@@ -289,17 +290,19 @@ class GPUConnector:
             transfer.fail([chunk for chunk in reservation.chunks if chunk not in set(written)])
             self._cache.publish(reservation, written)
 
-    def _gather(self, reservation: Reservation, places: Slots, plan: Plan) -> None:
-        column = {cell: at for at, cell in enumerate(reservation.cells)}
+    def _gather(self, segments: Sequence[Bytes], cells: tuple[int, ...], places: Slots, plan: Plan) -> None:
+        column = {cell: at for at, cell in enumerate(cells)}
         for step in self._steps:
             place = places[column[step.cell]]
             if place[0] >= 0:  # else another rank writes this cell
                 planes = self._layout.planes_of(step.group, step.layers)
-                self._kernels.gather(planes, step.heads, plan, self._payload(place, step))
+                self._kernels.gather(planes, step.heads, plan, _payload(segments, place, step))
 
-    def _payload(self, place: Slots, step: _Step) -> Bytes:
-        segment, offset = int(place[0]), int(place[1])
-        return self._cache.segment(segment)[offset + step.start : offset + step.end]
+    def _memory(self, boot: str) -> Sequence[Bytes]:
+        segments = self._cache.segments(boot)
+        if not segments:
+            raise LayoutError(f"the cache's memory of boot {boot} is gone")
+        return segments
 
     def _cut_steps(self) -> list[_Step]:
         steps = []
@@ -314,3 +317,8 @@ class GPUConnector:
                 steps.append(_Step(index, cell.group, layers, heads, start, start + len(layers) * layer_bytes))
         # By layer first: the forward pass needs the low layers of all cells before the high ones of any.
         return sorted(steps, key=lambda step: step.layers[0])
+
+
+def _payload(segments: Sequence[Bytes], place: Slots, step: _Step) -> Bytes:
+    segment, offset = int(place[0]), int(place[1])
+    return segments[segment][offset + step.start : offset + step.end]

@@ -40,9 +40,7 @@ def as_tokens(tokens: Sequence[int] | npt.NDArray[Any]) -> Tokens:
         if given.dtype.kind not in "iu":  # a float would be cut off, a huge integer is an object
             raise ConfigError(f"token ids must be integers within 0 .. 2**32 - 1, got {given.dtype} values")
         if int(given.min()) < 0 or int(given.max()) > 0xFFFFFFFF:
-            raise ConfigError(
-                f"token ids must be within 0 .. 2**32 - 1, got {int(given.min())} .. {int(given.max())}"
-            )
+            raise ConfigError(f"token ids must be within 0 .. 2**32 - 1, got {int(given.min())} .. {int(given.max())}")
     return np.ascontiguousarray(given, dtype="<u4")
 
 

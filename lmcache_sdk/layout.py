@@ -220,6 +220,7 @@ class Alike(NamedTuple):
         first, end: their indices.
         low: the lowest base address.
         offsets: int64 [planes], bytes from there to each base.
+        reach: bytes; the highest of the offsets.
         step: bytes; the largest number that divides all offsets, 0 if all are 0.
     """
 
@@ -228,6 +229,7 @@ class Alike(NamedTuple):
     end: int
     low: int
     offsets: npt.NDArray[np.int64]
+    reach: int
     step: int
 
 
@@ -243,8 +245,9 @@ class Planes(tuple[Plane, ...]):  # noqa: SLOT001 - cached_property needs a dict
         for first, end in pairwise([*cuts, len(self)]):
             bases = np.array([plane.base for plane in self[first:end]], np.int64)
             low = int(bases.min())
-            step = int(np.gcd.reduce(bases - low))
-            groups.append(Alike(geometries[first], first, end, low, bases - low, step))
+            offsets = bases - low
+            reach, step = int(offsets.max()), int(np.gcd.reduce(offsets))
+            groups.append(Alike(geometries[first], first, end, low, offsets, reach, step))
         return tuple(groups)
 
 

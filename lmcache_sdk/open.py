@@ -48,7 +48,18 @@ class LocalCache:
 
     def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
         del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
-        return self.store.reserve(self._opened, chain, first, count, part)
+        if chain.chunk_tokens != self._opened.spec.chunk_tokens or first < 0 or count < 1:
+            return None
+        digests = chain.digests(first + count)
+        return self.store.reserve(
+            self._opened,
+            digests[first:],
+            first,
+            self._opened.spec.cells_of(part),
+            parent=digests[first - 1] if 0 < first <= len(digests) else None,
+            tenant=chain.tenant,
+            positions_known=chain.positions_known,
+        )
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:
         self.store.publish(reservation, chunks)
@@ -56,14 +67,14 @@ class LocalCache:
     def abort(self, reservation: Reservation) -> None:
         self.store.abort(reservation)
 
-    def segment(self, index: int) -> Bytes:
-        return self.store.pool.segment(index)
+    def segments(self, boot: str) -> Sequence[Bytes]:
+        return self.store.pool.segments if boot == self.store.boot else ()
 
     def pin(self, chain: Chain, ttl_s: float) -> int:
-        return self.store.pin(self._opened, chain, ttl_s)
+        return self.store.pin(self._opened, chain.digests(), ttl_s)
 
     def delete(self, chain: Chain) -> int:
-        return self.store.delete(self._opened, chain)
+        return self.store.delete(self._opened, chain.digests())
 
     def clear(self) -> int:
         return self.store.clear(self._opened)

@@ -35,24 +35,23 @@ class PrivatePool:
 
     Args:
         sizes: bytes of each segment, see :func:`segment_sizes`.
+
+    Attributes:
+        segments: uint8 [nbytes] each.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)
         self._maps: list[mmap.mmap] = []
-        self._arrays: list[npt.NDArray[np.uint8]] = []
+        self.segments: list[npt.NDArray[np.uint8]] = []
         self._views: list[memoryview] = []
         for size in sizes:
             mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if size >= _HUGE_PAGE:
                 mapping.madvise(mmap.MADV_HUGEPAGE)
             self._maps.append(mapping)
-            self._arrays.append(np.frombuffer(mapping, dtype=np.uint8))
+            self.segments.append(np.frombuffer(mapping, dtype=np.uint8))
             self._views.append(memoryview(mapping))
-
-    def segment(self, index: int) -> npt.NDArray[np.uint8]:
-        """uint8 [nbytes]. Raises IndexError."""
-        return self._arrays[index]
 
     def record(self, address: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of an extent: header and payload."""

@@ -25,11 +25,6 @@ from lmcache_sdk.errors import ConfigError, UnsupportedError
 SCHEMA_VERSION = 1
 DEFAULT_CHUNK_TOKENS = 64
 
-def canonical_json(value: Any) -> bytes:
-    """The one text of a value that ids are digests of: sorted keys, no spaces, ASCII (``docs/key-format.md``)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 DTYPE_BYTES = {
     "bfloat16": 2,
     "float16": 2,
@@ -219,6 +214,11 @@ class KVSpec(msgspec.Struct, frozen=True, dict=True):
         return tuple(chosen)
 
 
+def canonical_json(value: Any) -> bytes:
+    """The one text of a value, for digests: sorted keys, no spaces, ASCII (``docs/key-format.md``)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
 class Namespace(msgspec.Struct, frozen=True, dict=True):
     """What is constant for a deployment. Two deployments share chunks only if all of it is equal.
 
@@ -289,7 +289,8 @@ _HYBRID_KEYS = {
     "block_types": "hybrid layers",
     "cross_attention_layers": "cross-attention layers",
 }
-_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "rotary_pct", "rope_type", "position_embedding_type")
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "position_embedding_type")
+_OLD_ROPE_KEYS = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor", "type": "rope_type"}
 
 
 def refuse_unserved(config: Mapping[str, Any]) -> None:
@@ -370,17 +371,18 @@ def namespace_of(
 def rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the rotation of K, in one spelling for the two that configs have.
 
-    Newer configs hold all of it in ``rope_parameters``, older ones in ``rope_theta`` and ``rope_scaling``: one model
-    must not become two namespaces when an engine moves to a newer Transformers.
+    Newer configs hold all of it in ``rope_parameters``, older ones in ``rope_theta`` and ``rope_scaling``: one
+    model must not become two namespaces when an engine moves to a newer Transformers.
     """
-    facts = {key: config.get(key) for key in _ROPE_KEYS}
+    facts = {key: config.get(key) for key in (*_ROPE_KEYS, *_OLD_ROPE_KEYS) if key != "type"}
     facts |= {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    old_type = facts.pop("type", None)  # the name before rope_type
-    facts["rope_type"] = facts.get("rope_type") or old_type
-    if facts["rope_type"] == "default":
+    for old, new in _OLD_ROPE_KEYS.items():
+        value = facts.pop(old, None)
+        if facts.get(new) is None:
+            facts[new] = value
+    if facts["rope_type"] in (None, "default"):
         facts["rope_type"] = None
-    if facts["rope_type"]:
-        # Only scaled RoPE depends on it; a plain model may be served with any context length.
+    else:  # only scaled RoPE depends on it; a plain model may be served with any context length
         facts["max_position_embeddings"] = config.get("max_position_embeddings")
     return {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -411,7 +413,7 @@ def weights_fingerprint(directory: str | os.PathLike[str]) -> str:
     answered from memory while inode, size and modification time of all files stay the same.
 
     Raises:
-        ConfigError: the directory has no config.json or no weight files, or one of them is not what its name says.
+        ConfigError: the directory has no config.json or no weight files, or one of these cannot be read.
     """
     root = Path(directory)
     config = root / "config.json"

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from lmcache_sdk.api import Bytes, Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
+from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
 from lmcache_sdk.backend import Backend, Item, Miss, Scan, Usage
 from lmcache_sdk.codecs import Codec, RawCodec, codec_by_name
 from lmcache_sdk.core import (
@@ -51,7 +51,7 @@ from lmcache_sdk.records import (
     read_header,
     write_header,
 )
-from lmcache_sdk.spec import Namespace, Part, Producer
+from lmcache_sdk.spec import Namespace, Producer
 
 _log = logger("store")
 _T = TypeVar("_T")
@@ -257,11 +257,25 @@ class Store:
     def forget(self, rid: str) -> None:
         self._event(lambda: self._core.forget(rid))
 
-    def reserve(self, opened: OpenSpace, chain: Chain, first: int, count: int, part: Part) -> Reservation | None:
-        if self._closed or chain.chunk_tokens != opened.spec.chunk_tokens:
+    def reserve(
+        self,
+        opened: OpenSpace,
+        digests: Sequence[bytes],
+        first: int,
+        cells: tuple[int, ...],
+        *,
+        parent: bytes | None,
+        tenant: str,
+        positions_known: bool,
+    ) -> Reservation | None:
+        if self._closed:
             return None
-        cells = opened.spec.cells_of(part)
-        answer = self._event(lambda: self._core.reserve(opened.space, chain, first, count, cells))
+        chunk_tokens = opened.spec.chunk_tokens if positions_known else 0
+        answer = self._event(
+            lambda: self._core.reserve(
+                opened.space, digests, first, cells, parent=parent, tenant=tenant, chunk_tokens=chunk_tokens
+            )
+        )
         if answer is None:
             return None
         lease, reserved = answer
@@ -286,11 +300,11 @@ class Store:
         if reservation.boot == self.boot:
             self._event(lambda: self._core.abort(reservation.lease))
 
-    def pin(self, opened: OpenSpace, chain: Chain, ttl_s: float) -> int:
-        return self._event(lambda: self._core.pin(opened.space, chain, time.monotonic() + ttl_s))
+    def pin(self, opened: OpenSpace, digests: Sequence[bytes], ttl_s: float) -> int:
+        return self._event(lambda: self._core.pin(opened.space, digests, time.monotonic() + ttl_s))
 
-    def delete(self, opened: OpenSpace, chain: Chain) -> int:
-        return self._event(lambda: self._core.delete(opened.space, chain))
+    def delete(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
+        return self._event(lambda: self._core.delete(opened.space, digests))
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
@@ -611,4 +625,4 @@ def _places(addresses: Sequence[int | None]) -> bytes:
     return places.tobytes()
 
 
-__all__ = ["Bytes", "Limits", "OpenSpace", "Store", "Tier"]
+__all__ = ["Limits", "OpenSpace", "Store", "Tier"]

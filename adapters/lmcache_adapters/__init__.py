@@ -1,2 +1,1 @@
-"""Engine adapters: how an inference engine reads and fills the cache. Each engine is imported only when it is
-used."""
+"""Engine adapters: how an inference engine reads and fills the cache. Each engine is imported only when it is used."""

@@ -186,21 +186,29 @@ class Core:
             self._drop_request(request)
 
     def reserve(
-        self, space: Space, chain: Chain, first: int, count: int, cells: Sequence[int]
+        self,
+        space: Space,
+        digests: Sequence[bytes],
+        first: int,
+        cells: Sequence[int],
+        *,
+        parent: bytes | None = None,
+        tenant: str = "",
+        chunk_tokens: int = 0,
     ) -> tuple[int, Reserved] | None:
-        """Room for the given cells of those chunks that are not there yet; None if there is nothing to write."""
-        end = min(first + count, len(chain))
-        if not 0 <= first < end:
-            return None
-        digests = chain.digests(end)
+        """Room for the given cells of those chunks that are not there yet; None if there is nothing to write.
+
+        Args:
+            digests: of the chunks ``first …``; ``parent`` is that of the chunk before.
+            chunk_tokens: to tell a chunk's position in its request; 0 where that is unknown.
+        """
         reserved = Reserved({}, {})
-        previous = space.entries.get(digests[first - 1]) if first else None
-        for number in range(first, end):
-            digest = digests[number]
+        previous = space.entries.get(parent) if parent is not None else None
+        for number, digest in enumerate(digests, start=first):
             entry = space.entries.get(digest)
             if entry is None:
-                position = number * chain.chunk_tokens if chain.positions_known else -1
-                entry = self._add(space, digest, chain.tenant, position, EntryState.RESERVED)
+                position = number * chunk_tokens if chunk_tokens else -1
+                entry = self._add(space, digest, tenant, position, EntryState.RESERVED)
             self._link(entry, previous)
             previous = entry
             if entry.state is not EntryState.RESERVED:
@@ -210,7 +218,7 @@ class Core:
                 continue
             self._hold(entry)
             if not self._allocate(entry, wanted):
-                self.counters["store_dropped_chunks.pool_full"] += end - number
+                self.counters["store_dropped_chunks.pool_full"] += first + len(digests) - number
                 if entry.written or any(address is not None for address in entry.extents):
                     self._drop(entry)
                 else:
@@ -261,10 +269,10 @@ class Core:
         for number in sorted(reserved.entries, reverse=True):
             self._unwrite(reserved.entries[number], reserved.cells[number])
 
-    def pin(self, space: Space, chain: Chain, until: float) -> int:
-        """Hold the prefix of the chain that is in the pool; the answer is its length."""
+    def pin(self, space: Space, digests: Sequence[bytes], until: float) -> int:
+        """Hold the prefix of these chunks that is in the pool; the answer is its length."""
         last, count = None, 0
-        for digest in chain.digests():
+        for digest in digests:
             entry = space.entries.get(digest)
             if entry is None or entry.state is not EntryState.PUBLISHED:
                 break
@@ -275,9 +283,8 @@ class Core:
             self.pins.append((until, last))
         return count
 
-    def delete(self, space: Space, chain: Chain) -> int:
-        """Remove the chain's chunks, from the tiers too. What is held stays readable to its holders only."""
-        digests = chain.digests()
+    def delete(self, space: Space, digests: Sequence[bytes]) -> int:
+        """Remove these chunks, from the tiers too. What is held stays readable to its holders only."""
         removed = 0
         for digest in reversed(digests):
             entry = space.entries.get(digest)

@@ -1,13 +1,10 @@
-"""An inference engine as a child process, behind one small protocol, so that one set of tests drives every
-engine.
+"""An inference engine as a child process, behind one small protocol, so that one set of tests drives every engine.
 
-The protocol is JSON, one object a line; requests on the engine's stdin, answers on its stdout, logs on its
-stderr.
+The protocol is JSON, one object a line; requests on the engine's stdin, answers on its stdout, logs on its stderr.
 
 The engine speaks first, once, when it can take requests::
 
-    {"event": "ready", "engine": "hf", "namespace": "…", "producer": "…", "chunk_tokens": 64,
-    "context_tokens": 8192}
+    {"event": "ready", "engine": "hf", "namespace": "…", "producer": "…", "chunk_tokens": 64, "context_tokens": 8192}
 
 or ``{"error": "…"}``, and ends. Then each request has an ``id``, which its answer repeats, and an ``op``:
 
@@ -52,8 +49,7 @@ _STDERR_TAIL_BYTES = 4000
 
 
 class EngineError(LMCacheSDKError):
-    """The engine answered with an error, died, or was late; the message ends with what it last wrote to
-    stderr."""
+    """The engine answered with an error, died, or was late; the message ends with what it last wrote to stderr."""
 
 
 class EngineHarness:

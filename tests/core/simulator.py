@@ -186,7 +186,9 @@ class Simulator:
         if r.random() < 0.3:
             cells = (r.choice(cells),)
         first = r.randint(0, max(0, len(chain) - 1)) if r.random() < 0.3 else 0
-        answer = self.core.reserve(space, chain, first, r.randint(0, 9), cells)
+        digests = chain.digests()
+        parent = digests[first - 1] if first else None
+        answer = self.core.reserve(space, digests[first : first + r.randint(0, 9)], first, cells, parent=parent)
         if answer is not None:
             number, reserved = answer
             for chunk, entry in reserved.entries.items():
@@ -222,10 +224,10 @@ class Simulator:
         if self.random.random() < 0.05:
             self.core.clear(space)
         else:
-            self.core.delete(space, self.chain())
+            self.core.delete(space, self.chain().digests())
 
     def pin(self) -> None:
-        self.core.pin(self.random.choice(self.spaces), self.chain(), self.now + self.random.choice([0.5, 5.0]))
+        self.core.pin(self.random.choice(self.spaces), self.chain().digests(), self.now + self.random.choice([0.5, 5.0]))
 
     # What tiers and time do
 

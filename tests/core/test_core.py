@@ -46,7 +46,7 @@ def chain(chunks: int, first: int = 0) -> Chain:
 
 
 def fill(core: Core, chain: Chain, now: float = 0.0) -> None:
-    answer = core.reserve(core.spaces[ORIGIN], chain, 0, len(chain), (0,))
+    answer = core.reserve(core.spaces[ORIGIN], chain.digests(), 0, (0,))
     assert answer is not None
     core.publish(answer[0], None, now)
 
@@ -89,7 +89,7 @@ def test_a_held_prefix_is_not_evicted_and_the_store_is_dropped() -> None:
     core = make(3)
     fill(core, chain(3))
     assert core.lookup(core.spaces[ORIGIN], "a", chain(3), 0.0).limit == 3
-    assert core.reserve(core.spaces[ORIGIN], chain(2, first=50), 0, 2, (0,)) is None
+    assert core.reserve(core.spaces[ORIGIN], chain(2, first=50).digests(), 0, (0,)) is None
     assert core.counters["store_dropped_chunks.pool_full"] == 2
     core.forget("a")
     fill(core, chain(2, first=50))
@@ -102,9 +102,9 @@ def test_a_lease_outlasts_deletion() -> None:
     core.lookup(space, "a", chain(3), 0.0)
     claimed = core.claim("a", 3, 0, 1)
     assert claimed is not None
-    assert core.delete(space, chain(3)) == 3
+    assert core.delete(space, chain(3).digests()) == 3
     assert core.extents.quarantined_bytes == 3 * 64
-    assert core.reserve(space, chain(3, first=9), 0, 3, (0,)) is not None  # one chunk of room is left, no more
+    assert core.reserve(space, chain(3, first=9).digests(), 0, (0,)) is not None  # one chunk of room is left, no more
     assert core.counters["store_dropped_chunks.pool_full"] == 2
     core.release(claimed[0], 0)
     assert core.extents.quarantined_bytes == 0
@@ -141,7 +141,7 @@ def test_an_abandoned_load_is_a_miss_and_its_memory_waits_for_the_call() -> None
     core.tick(1.0)
     assert request.state is RequestState.MISS and request.why == "load abandoned"
     assert core.extents.quarantined_bytes == 2 * 64
-    assert core.reserve(space, chain(1, first=9), 0, 1, (0,)) is None
+    assert core.reserve(space, chain(1, first=9).digests(), 0, (0,)) is None
     core.job_done(job, [True, True], 9.0)
     assert core.extents.free_bytes == 2 * 64
     assert not space.entries
@@ -176,8 +176,8 @@ def test_write_back_is_bounded() -> None:
 def test_pins_hold_until_they_expire() -> None:
     core = make(3)
     fill(core, chain(3))
-    assert core.pin(core.spaces[ORIGIN], chain(3), until=5.0) == 3
-    assert core.reserve(core.spaces[ORIGIN], chain(1, first=9), 0, 1, (0,)) is None
+    assert core.pin(core.spaces[ORIGIN], chain(3).digests(), until=5.0) == 3
+    assert core.reserve(core.spaces[ORIGIN], chain(1, first=9).digests(), 0, (0,)) is None
     core.tick(5.0)
     fill(core, chain(1, first=9))
     core.check_integrity()
@@ -186,7 +186,7 @@ def test_pins_hold_until_they_expire() -> None:
 def test_cells_of_several_writers_make_a_chunk_ready_together() -> None:
     core = Core(Extents([64 * 8]))
     space = core.open_space(ORIGIN, [64, 64])
-    one, two = core.reserve(space, chain(1), 0, 1, (0,)), core.reserve(space, chain(1), 0, 1, (1,))
+    one, two = (core.reserve(space, chain(1).digests(), 0, (cell,)) for cell in (0, 1))
     assert one is not None and two is not None
     core.publish(one[0], None, 0.0)
     assert core.lookup(space, "a", chain(1), 0.0).state is RequestState.MISS

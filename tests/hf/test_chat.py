@@ -27,8 +27,7 @@ def test_each_turn_finds_the_one_before_with_its_reply(runner: Runner) -> None:
 def test_the_ids_are_those_of_the_rendered_conversation(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    """Whether a reply was cut or ended by itself, the template's end comes once. Bytes tokenise in one way
-    only."""
+    """Whether a reply was cut or ended by itself, the template's end comes once. Bytes tokenise in one way only."""
     generate = runner.generate
     replies = iter([b"Good.", b"Yes."])
 

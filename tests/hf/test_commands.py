@@ -83,7 +83,7 @@ class OneTokenALetter:
 
 def test_the_document_is_whole_paragraphs_and_long_enough() -> None:
     prompts = demo._prompts(OneTokenALetter(), 5000, 10)  # type: ignore[arg-type]
-    shared = len(os.path.commonprefix(prompts))
+    shared = len(os.path.commonprefix(prompts))  # noqa: RUF071 -- of token ids
     assert shared >= 5000
     assert max(len(prompt) for prompt in prompts) < 6000
     assert len({tuple(prompt) for prompt in prompts}) == 3

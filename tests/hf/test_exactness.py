@@ -39,8 +39,9 @@ def test_warm_logits_are_those_of_the_same_split_in_another_process(
     runner.close()
 
     with engine(tiny_directory, "--cache", store_url) as process:
+        assert process.hello["namespace"] == runner.model.namespace.id
         warm = process.generate(ids, 8, logits=True)
-        process.stop()
+        assert process.stop() == 0
 
     assert warm["cached_tokens"] == 640
     assert warm["token_ids"] == cold.token_ids

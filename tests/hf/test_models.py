@@ -116,8 +116,7 @@ def test_a_directory_that_is_no_model_is_told(tmp_path: Path) -> None:
 
 
 def test_kv_of_another_deployment_is_not_found(tmp_path: Path, tiny_directory: Path, store_url: str) -> None:
-    """Other weights under the same path, another dtype, another chunk size: each misses, and finds its
-    own."""
+    """Other weights under the same path, another dtype, another chunk size: each misses, and finds its own."""
     path = tmp_path / "model"
     shutil.copytree(tiny_directory, path)
     ids = some_ids(200)

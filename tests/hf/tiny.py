@@ -72,8 +72,7 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 
 def split_logits(runner: Runner, ids: list[int], cached: int) -> np.ndarray:
-    """The reference: the whole prompt in one forward, then the same prompt again behind its first ``cached``
-    rows."""
+    """The reference: the whole prompt in one forward, then the same prompt again behind its first ``cached`` rows."""
     runner.memory.rewind(0)
     runner.model.forward(ids, runner.memory.cache)
     runner.memory.rewind(cached)

@@ -1,8 +1,7 @@
 """A conversation that keeps its token ids, so that each turn finds the KV of all earlier ones.
 
 Rendering the whole history again and tokenising it would not give the same ids: a reply's text may be
-tokenised differently from how it was generated, and from there on no chunk would match. So a turn only ever
-appends.
+tokenised differently from how it was generated, and from there on no chunk would match. So a turn only ever appends.
 """
 
 from __future__ import annotations

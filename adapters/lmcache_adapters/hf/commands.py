@@ -1,5 +1,4 @@
-"""The commands ``lmcache-sdk demo`` and ``lmcache-sdk run``. Nothing heavy is imported before one of them
-runs."""
+"""The commands ``lmcache-sdk demo`` and ``lmcache-sdk run``. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 

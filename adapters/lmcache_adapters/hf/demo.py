@@ -1,9 +1,7 @@
-"""The demonstration: three questions on one long document, without a cache, then from a store in a new
-process.
+"""The demonstration: three questions on one long document, without a cache, then from a store in a new process.
 
 Each phase is an engine process of its own, and each begins with a small unrelated generation, so that what is
-initialised at first use is in no figure. All phases get the same token ids; TTFT is from there to the first
-token.
+initialised at first use is in no figure. All phases get the same token ids; TTFT is from there to the first token.
 """
 
 from __future__ import annotations

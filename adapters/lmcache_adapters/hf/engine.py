@@ -1,6 +1,8 @@
 """The runner as an engine process that speaks JSON lines; the protocol is in ``lmcache_sdk.testing.harness``.
 
-python -m lmcache_adapters.hf.engine --model DIR [--cache URL] [--device cpu] [--dtype bfloat16]
+Usage::
+
+    python -m lmcache_adapters.hf.engine --model DIR [--cache URL] [--device cpu] [--dtype bfloat16]
 """
 
 from __future__ import annotations

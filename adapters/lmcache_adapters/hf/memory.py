@@ -1,9 +1,8 @@
 """The engine's own KV memory: preallocated rows, one per token, that attention reads in place.
 
-Transformers' ``DynamicCache`` has no fixed memory (every token concatenates new tensors), so there is nothing
-that a connector could be registered with. Here all layers live in one tensor for the whole life of the
-runner: a token's place is a slot, registration happens once, and a decode step copies one row instead of the
-whole prefix.
+Transformers' ``DynamicCache`` has no fixed memory (every token concatenates new tensors), so there is nothing that a
+connector could be registered with. Here all layers live in one tensor for the whole life of the runner: a token's place
+is a slot, registration happens once, and a decode step copies one row instead of the whole prefix.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ class SlotLayer(CacheLayerMixin):
 class KVMemory:
     """All layers' rows, ``[layer, K|V, slot, head, dim]`` in one tensor.
 
-    On CPU the operating system backs only what has been touched, so reserving the whole context costs
-    nothing.
+    On CPU the operating system backs only what has been touched, so reserving the whole context costs nothing.
 
     Args:
         group: the model's KV geometry.

@@ -70,14 +70,12 @@ class Model:
         return logits
 
     def _last_only(self) -> dict[str, int]:
-        """Most models can leave out the logits of all positions but the last, which for a long prompt are
-        large."""
+        """Most models can leave out the logits of all positions but the last, which for a long prompt are large."""
         parameters = inspect.signature(self.network.forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """A prompt's token ids: text is tokenised, messages go through the chat template, ids are taken as
-        they are.
+        """A prompt's token ids: text is tokenised, messages go through the chat template, ids are taken as they are.
 
         Raises:
             ConfigError: nothing to encode, ids outside the vocabulary, or a tokenizer or template that is
@@ -233,8 +231,7 @@ def _end_ids(network: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _refuse_length_dependent_rope(config: Any) -> None:
-    """Some RoPE variants rotate by frequencies of the whole sequence's length, so that a prefix's K is not
-    its own."""
+    """Some RoPE variants rotate by frequencies of the whole sequence's length, so that a prefix's K is not its own."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kind = rope.get("rope_type")
     if kind in ("dynamic", "longrope"):

@@ -1,5 +1,4 @@
-"""Engine memory joined to a cache: restores a prompt's prefix into slots, and saves what has been computed
-there.
+"""Engine memory joined to a cache: restores a prompt's prefix into slots, and saves what has been computed there.
 
 This is all that the runner knows of the cache, and the place where cache trouble ends: whatever happens here,
 the answer is at worst "nothing restored", and the memory is safe to compute in.
@@ -43,13 +42,11 @@ class Restored:
 
 
 class ReusableMemory:
-    """The KV memory of one sequence at a time, and the cache behind it (None = no cache: the same code, all
-    misses).
+    """The KV memory of one sequence at a time, and the cache behind it (None = no cache: the same code, all misses).
 
     Args:
         slots: tokens that the memory holds.
-        timeout_s: how long a request waits for its lookup, and again for its load, before it computes
-            instead.
+        timeout_s: how long a request waits for its lookup, and again for its load, before it computes instead.
 
     Raises:
         LayoutError: the connector's proof at registration failed.
@@ -66,8 +63,7 @@ class ReusableMemory:
             self.memory.rewind(0)
 
     def restore(self, rid: str, chain: Chain, usable_chunks: int) -> Restored:
-        """Start a request: its memory then holds the longest prefix that the cache has, at most
-        ``usable_chunks``."""
+        """Start a request: its memory then holds the longest prefix that the cache has, at most ``usable_chunks``."""
         restored = Restored()
         if self._connector is not None:
             # The last request's chunks may still be on their way out of these slots.

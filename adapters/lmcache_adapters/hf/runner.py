@@ -1,5 +1,4 @@
-"""Text generation with Transformers, where a prompt's known prefix comes from the cache instead of being
-computed."""
+"""Text generation with Transformers, where a prompt's known prefix comes from the cache instead of being computed."""
 
 from __future__ import annotations
 

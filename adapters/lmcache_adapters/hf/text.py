@@ -32,8 +32,7 @@ class TextStream:
         if self._tokenizer is None or self.stopped:
             return ""
         self._ids.append(token)
-        # Decoded whole each time, since a token's text depends on its neighbours; next to a forward pass it
-        # is cheap.
+        # Decoded whole each time, since a token's text depends on its neighbours; next to a forward pass it is cheap.
         self._text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found = [at for at in (self._text.find(stop) for stop in self._stop) if at >= 0]
         if found:

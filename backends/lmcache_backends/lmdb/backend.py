@@ -19,7 +19,7 @@ import numpy as np
 
 from lmcache_backends._calls import Calls
 from lmcache_backends.lmdb.environment import DAMAGE, open_records
-from lmcache_backends.lmdb.home import Home
+from lmcache_backends.lmdb.home import Home, last_size
 from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport
 from lmcache_sdk.config import format_size, parse_size
 from lmcache_sdk.errors import BackendError, BackendFull, BackendUnavailable, ConfigError
@@ -101,14 +101,20 @@ class LMDBBackend:
 
     @classmethod
     def from_url(cls, url: Url) -> Self:
-        """``lmdb:///absolute/path[?size=50GiB]``; 10 GiB by default. Raises as the class does."""
-        size = url.take("size", DEFAULT_SIZE)
+        """``lmdb:///absolute/path[?size=50GiB]``; by default the size it had, 10 GiB if it is new. Raises as the class
+        does.
+        """
+        size = url.take("size")
         url.finish()
         if url.host or len(url.path) < 2:
             raise ConfigError(
                 f"{url.text!r} has no absolute path; write lmdb:///var/lib/kv with three slashes"
             )
-        return cls(Path(url.path), parse_size(size))
+        path = Path(url.path)
+        if size:
+            return cls(path, parse_size(size))
+        known = last_size(path)
+        return cls(path, max(known, MINIMUM_SIZE) if known else parse_size(DEFAULT_SIZE))
 
     # Reading
 

@@ -154,7 +154,7 @@ def open_records(home: Home, size: int) -> tuple[Environment, dict[str, int], di
             home.set_aside(str(error))
             home.mark_opening()
             opened = _open(home.records, size)
-        home.mark_open()
+        home.mark_open(size)
     except (OSError, lmdb.Error) as error:
         raise BackendUnavailable(f"cannot open the store in {home.path}: {error}") from error
     return opened

@@ -47,12 +47,14 @@ class State(NamedTuple):
             writes); a machine that goes down may.
         opening: attempts to open it that did not survive, in a row.
         crashes: uses that did not end with a close, in a row.
+        size: the bound that it was last opened with, in bytes; 0 = not known.
     """
 
     clean: bool
     boot: str
     opening: int = 0
     crashes: int = 0
+    size: int = 0
 
 
 def boot_id() -> str:
@@ -61,6 +63,26 @@ def boot_id() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
+
+
+def _read_state(path: Path) -> State:
+    return State(**json.loads((path / "STATE").read_bytes()))
+
+
+def last_size(path: Path) -> int:
+    """The size that a store was last opened with, in bytes: what it means to open it without naming one. 0 = no store.
+
+    Where that is not known, what its file takes: opening must not evict because nobody named a size.
+    """
+    try:
+        if size := _read_state(path).size:
+            return size
+    except (OSError, ValueError, TypeError):
+        pass
+    try:
+        return (path / "records" / "data.mdb").stat().st_size
+    except OSError:
+        return 0
 
 
 class Home:
@@ -124,7 +146,7 @@ class Home:
         if not (self.records / "data.mdb").exists():
             return Trust.OPEN, "new"
         try:
-            self._state = State(**json.loads((self.path / "STATE").read_bytes()))
+            self._state = _read_state(self.path)
         except (OSError, ValueError, TypeError):
             return Trust.VERIFY, "its STATE file is missing or unreadable"
         state = self._state
@@ -142,11 +164,11 @@ class Home:
         """Before LMDB touches the records: should it kill this process, the next one will know."""
         state = self._state
         crashes = 0 if state.clean else state.crashes + 1
-        self._mark(State(False, boot_id(), state.opening + 1, crashes))
+        self._mark(State(False, boot_id(), state.opening + 1, crashes, state.size))
 
-    def mark_open(self) -> None:
-        """The records could be opened and listed."""
-        self._mark(self._state._replace(opening=0))
+    def mark_open(self, size: int) -> None:
+        """The records could be opened and listed, within this bound."""
+        self._mark(self._state._replace(opening=0, size=size))
 
     def mark_suspect(self) -> None:
         """Something in the records was wrong: the next user verifies them."""
@@ -155,7 +177,7 @@ class Home:
     def mark_clean(self) -> None:
         """Everything is on the disk, unless something was suspect."""
         if self._state.boot != "suspect":
-            self._mark(State(True, boot_id()))
+            self._mark(State(True, boot_id(), size=self._state.size))
 
     def set_aside(self, why: str) -> None:
         """Move the records out of the way, keeping only the newest that were set aside."""
@@ -174,7 +196,7 @@ class Home:
             aside,
             why,
         )
-        self._mark(State(False, boot_id()))
+        self._mark(State(False, boot_id(), size=self._state.size))
 
     def release(self) -> None:
         """Unlock. Said aloud and not left to the descriptor's end, which a forked child may hold open."""

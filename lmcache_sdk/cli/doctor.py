@@ -1,0 +1,343 @@
+"""``doctor``: what was chosen and why, what is broken and how to mend it, what the machine can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from lmcache_sdk import __version__
+from lmcache_sdk.cli.output import counted, print_json
+from lmcache_sdk.cli.target import default_url, existing_store, is_empty, local_path, shown
+from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, format_size, load_config, parse_size
+from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
+
+_DEPENDENCIES = ("lmdb", "msgspec", "numpy", "prometheus-client", "pyyaml", "typer", "xxhash")
+_ENGINES = ("torch", "transformers", "vllm", "sglang")
+_PLUGINS = {"backend": "lmcache_sdk.backends", "codec": "lmcache_sdk.codecs", "command": "lmcache_sdk.commands"}
+_PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is of little use
+
+Status = Literal["ok", "warn", "bad"]
+
+
+class Finding(msgspec.Struct):
+    """One line of the report.
+
+    Attributes:
+        status: ``bad`` = does not work, ``warn`` = works worse than it could.
+        fix: what to do about it.
+        facts: numbers for scripts.
+    """
+
+    topic: str
+    name: str
+    text: str
+    status: Status = "ok"
+    fix: str = ""
+    facts: dict[str, Any] = {}
+
+
+def doctor(
+    url: Annotated[str | None, typer.Option(help="The cache; by default the configured one.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Host memory for chunks, like 20GiB.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model directory: is it served, and how many tokens fit?")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure speeds; takes seconds.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what was chosen and why, what is wrong and how to mend it, and what this machine can do.
+
+    Ends with status 1 if something is broken. A store that does not exist yet is not made.
+    """
+    findings: list[Finding] = []
+    topic = ""
+    for finding in _examination(url, pool, model, measure):
+        findings.append(finding)
+        if json:
+            continue
+        if finding.topic != topic:
+            typer.echo(f"{'' if not topic else chr(10)}{finding.topic}")
+            topic = finding.topic
+        typer.echo(f"  {finding.status:4}  {finding.name:20}  {finding.text}")
+        if finding.fix:
+            typer.echo(f"        {'':20}  → {finding.fix}")
+    bad, warned = (sum(f.status == status for f in findings) for status in ("bad", "warn"))
+    if json:
+        print_json({"ok": not bad, "findings": findings})
+    else:
+        typer.echo(f"\n{counted(bad, 'problem')}, {counted(warned, 'warning')}")
+    if bad:
+        raise typer.Exit(1)
+
+
+def _examination(
+    url: str | None, pool: str | None, model: Path | None, measure: bool
+) -> Iterator[Finding]:
+    yield from _versions()
+    flags = {"url": url, "pool_bytes": pool}
+    try:
+        config = load_config(flags)
+        yield from _settings(config, flags, os.environ)
+    except ConfigError as error:
+        yield Finding("settings", "configuration", str(error), "bad", "correct that setting; defaults are used below")
+        config = Config()
+    yield from _machine(config.pool_bytes)
+    yield from _plugins()
+    chosen = config.url or default_url()
+    store = list(_safely("store", lambda: _store(chosen)))
+    yield from store
+    if model:
+        capacity = next((f.facts["capacity_bytes"] for f in store if "capacity_bytes" in f.facts), 0)
+        yield from _safely("model", lambda: _model(model, config, capacity))
+    if measure:
+        yield from _safely("speed", lambda: _speeds(chosen))
+
+
+def _safely(topic: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What cannot be examined is a finding, too."""
+    try:
+        yield from examine()
+    except (LMCacheSDKError, OSError) as error:
+        yield Finding(topic, topic, str(error), "bad")
+
+
+def _versions() -> Iterator[Finding]:
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"
+    yield Finding("versions", "lmcache-sdk", f"{__version__}, {python}")
+    for name, packages in (("depends on", _DEPENDENCIES), ("engines", _ENGINES)):
+        yield Finding("versions", name, ", ".join(f"{p} {_version(p)}" for p in packages))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _settings(
+    config: Config, flags: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    file = environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    in_file = _names_in(Path(file)) if file else ()
+    for field in msgspec.structs.fields(Config):
+        name = field.name
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if flags.get(name) is not None:
+            source = "flag"
+        elif variable in environment:
+            source = variable
+        elif name in in_file:
+            source = str(file)
+        else:
+            source = "default"
+        value = getattr(config, name)
+        if name == "url":
+            text = shown(value or default_url())
+        else:
+            text = format_size(value) if name.endswith("_bytes") else str(value)
+        yield Finding("settings", name, f"{text}  ({source})", facts={"source": source})
+
+
+def _names_in(file: Path) -> tuple[str, ...]:
+    """The settings in a configuration file that has been read before, and found good."""
+    import yaml
+
+    return tuple(yaml.safe_load(file.read_text(encoding="utf-8")) or ())
+
+
+def _machine(pool_bytes: int) -> Iterator[Finding]:
+    yield Finding("machine", "processors", str(len(os.sched_getaffinity(0))))
+    available = _available_memory()
+    memory = Finding("machine", "memory", f"{format_size(available)} available", facts={"available_bytes": available})
+    if pool_bytes > available:
+        memory.status = "warn"
+        memory.text += f", less than pool_bytes ({format_size(pool_bytes)})"
+        memory.fix = "lower pool_bytes: the pool takes its memory as it fills"
+    yield memory
+    shm = Path("/dev/shm")  # noqa: S108  the place itself is examined, nothing is written there
+    if shm.is_dir():
+        usage = shutil.disk_usage(shm)
+        yield Finding(
+            "machine", str(shm), f"{format_size(usage.free)} free of {format_size(usage.total)}", facts=usage._asdict()
+        )
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its container if that is less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return available if limit == "max" else min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        return available
+
+
+def _plugins() -> Iterator[Finding]:
+    from lmcache_sdk.kernels import describe_kernels, kernels_for
+
+    for kind, source in describe_kernels().items():
+        finding = Finding("installed", f"kernels {kind}", source)
+        if kind == "cpu":
+            try:
+                kernels_for(kind)
+            except LMCacheSDKError as error:
+                finding.status, finding.text = "bad", str(error)
+        yield finding
+    for kind, group in _PLUGINS.items():
+        for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+            yield _plugin(kind, entry)
+
+
+def _plugin(kind: str, entry: EntryPoint) -> Finding:
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+    finding = Finding("installed", f"{kind} {entry.name}", f"{entry.value} ({package})")
+    try:
+        entry.load()
+    except ImportError as error:
+        finding.status, finding.text = "warn", f"{finding.text} cannot be used: {error}"
+        finding.fix = "install what it needs, if you want to use it"
+    except Exception as error:  # noqa: BLE001  other people's code: that it fails is the finding
+        finding.status, finding.text = "bad", f"{finding.text} fails: {type(error).__name__}: {error}"
+        finding.fix = f"update or remove {package}"
+    return finding
+
+
+def _store(url: str) -> Iterator[Finding]:
+    from lmcache_sdk.backend import Url, Usage
+    from lmcache_sdk.cli.inventory import Standing, survey
+
+    parsed = Url(url)
+    place = local_path(parsed)
+    if place is not None and is_empty(place):
+        yield _absent(url, place)
+    elif parsed.scheme == "memory" or place is not None or parsed.host:
+        try:
+            with existing_store(url) as backend:
+                usage = backend.usage() if isinstance(backend, Usage) else None
+                found = survey(backend)
+            text = f"{counted(len(found.records), 'record')}"
+            facts: dict[str, Any] = {"records": len(found.records)}
+            if usage:
+                of = f" of {format_size(usage.capacity_bytes)}" if usage.capacity_bytes else ""
+                text += f", {format_size(usage.used_bytes)}{of}"
+                facts |= {"used_bytes": usage.used_bytes, "capacity_bytes": usage.capacity_bytes}
+            yield Finding("store", "opens", f"{shown(url)}: {text}", facts=facts)
+            yield _namespaces([space.standing()[0] for space in found.spaces.values()], Standing.STALE, url)
+        except BackendLocked as error:
+            yield Finding("store", "in use", f"{error}")
+    if place is not None:
+        yield from _disk(_nearest(place))
+
+
+def _absent(url: str, place: Path) -> Finding:
+    finding = Finding("store", "none yet", f"{place} is made when the cache is first used")
+    parent = _nearest(place)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        finding.status, finding.text = "bad", f"{place} cannot be made: {parent} is not writable for this user"
+        finding.fix = "choose another path, or give this user the right to write there"
+    elif place.parent != parent and not place.exists():
+        finding.status, finding.text = "warn", f"{place} cannot be made yet: {place.parent} does not exist"
+        finding.fix = f"mkdir -p {place.parent}"
+    return finding
+
+
+def _namespaces(standings: list[Any], stale: Any, url: str) -> Finding:
+    count = sum(standing is stale for standing in standings)
+    finding = Finding("store", "namespaces", f"{len(standings)}, {count} of them stale")
+    if count:
+        finding.status, finding.fix = "warn", f"lmcache-sdk gc '{shown(url)}'"
+    return finding
+
+
+def _disk(directory: Path) -> Iterator[Finding]:
+    usage = shutil.disk_usage(directory)
+    finding = Finding("store", "disk", f"{format_size(usage.free)} free in {directory}", facts=usage._asdict())
+    if usage.free < usage.total // 20:
+        finding.status = "warn"
+        finding.fix = "free some space; the store evicts where the disk is full, whatever its size says"
+    yield finding
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that is there."""
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def _model(directory: Path, config: Config, capacity_bytes: int) -> Iterator[Finding]:
+    from lmcache_sdk.pool import extent_bytes
+    from lmcache_sdk.spec import CellGrid, namespace_of, weights_fingerprint
+
+    fingerprint = weights_fingerprint(directory)
+    try:
+        facts = msgspec.json.decode((directory / "config.json").read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{directory / 'config.json'} is no configuration of a model: {error}") from error
+    text = facts.get("text_config") or facts
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or facts.get("dtype") or facts.get("torch_dtype") or "float32")
+    namespace = namespace_of(
+        facts,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        chunk_tokens=config.chunk_tokens,
+        grid=CellGrid(config.layers_per_cell, config.heads_per_cell),
+    )
+    spec = namespace.spec
+    yield Finding("model", "is served", f"{facts.get('model_type', directory.name)}, KV in {dtype}")
+    yield Finding("model", "namespace", namespace.id, facts={"fingerprint": fingerprint})
+    yield Finding(
+        "model",
+        "KV",
+        f"{format_size(spec.token_bytes)} a token, {format_size(spec.chunk_bytes)} a chunk of {spec.chunk_tokens} tokens",
+        facts={"token_bytes": spec.token_bytes, "chunk_bytes": spec.chunk_bytes},
+    )
+    each = sum(extent_bytes(cell.nbytes) for cell in spec.cells)
+    tokens = config.pool_bytes // each * spec.chunk_tokens
+    fit = Finding("model", "pool holds", f"{tokens:,} tokens", facts={"tokens": tokens})
+    if tokens < _PROMPT_TOKENS:
+        need = -(-_PROMPT_TOKENS // spec.chunk_tokens) * each
+        fit.status = "warn" if tokens else "bad"
+        fit.text += f", less than one prompt of {_PROMPT_TOKENS:,}"
+        fit.fix = f"raise pool_bytes to at least {-(-need >> 20)}MiB"
+    yield fit
+    if capacity_bytes:
+        tokens = capacity_bytes // each * spec.chunk_tokens
+        yield Finding("model", "store holds", f"about {tokens:,} tokens", facts={"tokens": tokens})
+
+
+def _speeds(url: str) -> Iterator[Finding]:
+    from lmcache_sdk.backend import Url
+    from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
+
+    def finding(speed: Speed) -> Finding:
+        found = Finding(
+            "speed",
+            speed.name,
+            f"{speed.measured:5.1f} {speed.unit}, {speed.share:4.0%} of {speed.ceiling_name} "
+            f"({speed.ceiling:.1f} {speed.unit})",
+            facts=msgspec.to_builtins(speed),
+        )
+        if speed.share < speed.expected:
+            found.status = "warn"
+            found.fix = "repeat it while nothing else runs; if it stays so low, report it"
+        return found
+
+    yield from map(finding, memory_speeds())
+    place = local_path(Url(url))
+    if place is not None:
+        beside = _nearest(place.parent)
+        yield from map(finding, store_speeds(Url(url).scheme, url.partition("?")[2], beside))
+
+
+__all__ = ["Finding", "doctor"]

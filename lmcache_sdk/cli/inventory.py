@@ -1,0 +1,229 @@
+"""What is in a store: records by namespace, whose they are, and whether anyone can still use them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from lmcache_sdk.backend import Miss, Stat
+from lmcache_sdk.cli.target import Listed
+from lmcache_sdk.errors import ConfigError, RecordError
+from lmcache_sdk.keys import Origin
+from lmcache_sdk.records import HEADER_BYTES, RecordKey, check_record, read_header
+from lmcache_sdk.spec import Namespace, Producer, weights_fingerprint
+
+# The three forms of a key: a namespace's manifest, a producer's manifest, a record.
+_KEY = re.compile(
+    r"(?P<namespace>[0-9a-f]{32})/(?:manifest|(?P<producer>[0-9a-f]{16})/(?:manifest|"
+    r"(?P<fidelity>[\w.-]+)/(?P<digest>[0-9a-f]{64})/(?P<group>[\w.-]+)/(?P<cell>[\w.-]+)))",
+    re.ASCII,
+)
+_OTHER_SCHEMA = "its description is of another schema version"
+
+
+class Key(NamedTuple):
+    """The parts of a key; those that a manifest's key does not have are empty."""
+
+    namespace: str
+    producer: str
+    fidelity: str
+    digest: str
+    group: str
+    cell: str
+
+    @property
+    def is_manifest(self) -> bool:
+        return not self.digest
+
+
+def parse_key(text: str) -> Key | None:
+    """None if it is no key of ours."""
+    match = _KEY.fullmatch(text)
+    return Key(*(match[name] or "" for name in Key._fields)) if match else None
+
+
+class Record(NamedTuple):
+    """A record as the store lists it."""
+
+    stat: Stat
+    key: Key
+
+
+class Broken(NamedTuple):
+    """A record that is of no use, and why."""
+
+    stat: Stat
+    why: str
+
+
+class Standing(StrEnum):
+    """Whether a namespace is of use: it may be; nobody can hit it again; that cannot be told."""
+
+    CURRENT = "current"
+    STALE = "stale"
+    UNKNOWN = "unknown"
+
+
+class Space:
+    """What a store holds of one namespace.
+
+    Attributes:
+        id: 32 hex digits.
+        manifest: its description, if it has one that this release understands.
+        fault: why it has not, unless the description is merely missing.
+        producers: by id; None where the description is missing.
+        records: all of them, manifests included.
+        unreadable: manifests that are none.
+    """
+
+    def __init__(self, identifier: str) -> None:
+        self.id = identifier
+        self.manifest: Namespace | None = None
+        self.fault = ""
+        self.producers: dict[str, Producer | None] = {}
+        self.records: list[Record] = []
+        self.unreadable: list[Stat] = []
+
+    @property
+    def label(self) -> str:
+        return self.manifest.label if self.manifest else ""
+
+    @property
+    def nbytes(self) -> int:
+        """The sum of the records' lengths."""
+        return sum(record.stat.nbytes for record in self.records)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of which at least one cell is there; each producer's counts."""
+        return len({(k.producer, k.fidelity, k.digest) for _, k in self.records if not k.is_manifest})
+
+    def cells(self) -> dict[tuple[str, str], int]:
+        """Decoded bytes by group and name of a cell; empty if the manifest is missing."""
+        spec = self.manifest.spec if self.manifest else None
+        return {(cell.group, cell.name): cell.nbytes for cell in spec.cells} if spec else {}
+
+    def standing(self) -> tuple[Standing, str]:
+        """Whether the namespace is of use, and why not."""
+        if self.manifest:
+            return _weights_standing(self.manifest)
+        if self.fault:
+            return Standing.STALE, self.fault
+        # It is a record like others, and may be evicted before the chunks it describes, which are as good as
+        # ever: whoever uses the namespace next writes it again.
+        return Standing.UNKNOWN, "its description is missing"
+
+
+def _weights_standing(namespace: Namespace) -> tuple[Standing, str]:
+    source = namespace.source
+    if not source:
+        return Standing.CURRENT, ""
+    try:
+        if not Path(source).exists():
+            return Standing.STALE, f"{source} is gone"
+        if weights_fingerprint(source) != namespace.fingerprint:
+            return Standing.STALE, f"the weights in {source} have changed"
+    except ConfigError as error:
+        return Standing.STALE, str(error)
+    except (OSError, ValueError) as error:
+        return Standing.UNKNOWN, f"{source} cannot be read: {error}"
+    return Standing.CURRENT, ""
+
+
+class Survey(NamedTuple):
+    """All records of a store.
+
+    Attributes:
+        spaces: by namespace.
+        records: in the store's own order.
+        foreign: those whose keys are none of ours.
+    """
+
+    spaces: dict[str, Space]
+    records: list[Record]
+    foreign: list[Stat]
+
+
+def survey(backend: Listed) -> Survey:
+    """List a store and read its manifests."""
+    found = Survey({}, [], [])
+    for stat in backend.scan():
+        key = parse_key(stat.key)
+        if key is None:
+            found.foreign.append(stat)
+            continue
+        record = Record(stat, key)
+        found.records.append(record)
+        space = found.spaces.setdefault(key.namespace, Space(key.namespace))
+        space.records.append(record)
+        if key.producer:
+            space.producers.setdefault(key.producer, None)
+    for record, content in _contents(backend, [r for r in found.records if r.key.is_manifest]):
+        _describe(found.spaces[record.key.namespace], record, content)
+    return found
+
+
+def _contents(backend: Listed, records: Iterable[Record]) -> Iterator[tuple[Record, memoryview]]:
+    """Read records whole, one at a time into one buffer; what is gone since the scan is left out."""
+    buffer = memoryview(bytearray())
+    for record in records:
+        if record.stat.nbytes > len(buffer):
+            buffer = memoryview(bytearray(record.stat.nbytes))
+        (length,) = backend.get([record.stat.key], [buffer])
+        if not isinstance(length, Miss):
+            yield record, buffer[:length]
+
+
+def _describe(space: Space, record: Record, content: memoryview) -> None:
+    """Take over a manifest if it describes what its key names: another schema makes another id of it."""
+    try:
+        if record.key.producer:
+            producer = msgspec.json.decode(content, type=Producer)
+            if producer.id == record.key.producer:
+                space.producers[record.key.producer] = producer
+        else:
+            namespace = msgspec.json.decode(content, type=Namespace)
+            if namespace.id == space.id:
+                space.manifest = namespace
+            else:
+                space.fault = _OTHER_SCHEMA
+    except msgspec.ValidationError:
+        if not record.key.producer:
+            space.fault = _OTHER_SCHEMA
+    except msgspec.DecodeError:
+        space.unreadable.append(record.stat)
+
+
+def misfits(space: Space) -> Iterator[Broken]:
+    """Records that cannot be what their keys say, as far as that shows without reading them."""
+    for stat in space.unreadable:
+        yield Broken(stat, "unreadable description")
+    cells = space.cells()
+    for stat, key in space.records:
+        if key.is_manifest:
+            continue
+        if cells and (key.group, key.cell) not in cells:
+            yield Broken(stat, "no such cell in this namespace")
+        elif stat.nbytes < HEADER_BYTES:
+            yield Broken(stat, "too short for a record")
+
+
+def damaged(backend: Listed, found: Survey, records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
+    """Read records whole; yield those whose header or payload does not check out, and why."""
+    cells = {name: space.cells() for name, space in found.spaces.items()}
+    for record, content in _contents(backend, records):
+        key = record.key
+        expected = RecordKey(
+            Origin(key.namespace, key.producer, key.fidelity), bytes.fromhex(key.digest), key.group, key.cell
+        )
+        try:
+            # Without a manifest, the header is taken at its word about the size.
+            nbytes = cells[key.namespace].get((key.group, key.cell)) or read_header(content).logical_bytes
+            check_record(content, expected, nbytes)
+        except RecordError as error:
+            yield record, f"bad {error.reason}"

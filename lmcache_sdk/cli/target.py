@@ -1,0 +1,71 @@
+"""Which store a command is about, and opening it without making one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote
+
+from lmcache_sdk.backend import Backend, Scan, Url, open_backend
+from lmcache_sdk.config import cache_home, load_config
+from lmcache_sdk.errors import ConfigError, UnsupportedError
+
+CLOSE_TIMEOUT_S = 60.0
+
+
+class Listed(Backend, Scan, Protocol):
+    """A backend that can list its records: what the commands for stores need."""
+
+
+def default_url() -> str:
+    """The store of this user. Without a size: an existing store keeps its own."""
+    return f"lmdb://{quote(str(cache_home() / 'store'))}"
+
+
+def target(url: str | None) -> str:
+    """The URL that was given, else the configured one, else this user's store."""
+    return url or load_config().url or default_url()
+
+
+def local_path(url: Url) -> Path | None:
+    """The directory that a URL without a host names."""
+    return Path(url.path) if not url.host and len(url.path) > 1 else None
+
+
+def shown(url: str) -> str:
+    """A URL as it may be printed: without user and password."""
+    return re.sub(r"//[^/@]*@", "//…@", url)
+
+
+def is_empty(place: Path) -> bool:
+    """Whether nothing is there, or an empty directory. What cannot be read is not empty."""
+    try:
+        return not any(place.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def existing_store(url: str) -> Iterator[Listed]:
+    """Open a store that is there already, for looking at all of it.
+
+    Raises:
+        ConfigError: there is none at that path, so that looking would create one; or the URL is wrong.
+        UnsupportedError: the backend cannot list its records.
+        BackendError: it cannot be opened.
+    """
+    place = local_path(Url(url))
+    if place is not None and is_empty(place):
+        raise ConfigError(f"there is no store in {place}; give the URL that the cache was used with")
+    backend = open_backend(url)
+    try:
+        if not isinstance(backend, Scan):
+            raise UnsupportedError(f"{url.partition(':')[0]}:// cannot list its records")
+        yield backend
+    finally:
+        backend.close(CLOSE_TIMEOUT_S)
