@@ -3,7 +3,7 @@
 Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted.
 """
 
-from lmcache_sdk.cli.app import app
+from lmcache_sdk.cli.commands import app
 
 __all__ = ["app", "main"]
 

@@ -14,10 +14,16 @@ import msgspec
 import typer
 
 from lmcache_sdk import __version__
+from lmcache_sdk.backend import Scan, Url, Usage, UsageReport, open_backend
+from lmcache_sdk.cli.inventory import Standing, survey
+from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
 from lmcache_sdk.cli.output import counted, print_json
-from lmcache_sdk.cli.target import default_url, existing_store, is_empty, local_path, shown
-from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, format_size, load_config, parse_size
+from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, default_url, local_path, missing_store, shown
+from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, format_size, load_config
 from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
+from lmcache_sdk.kernels import describe_kernels, kernels_for
+from lmcache_sdk.pool import extent_bytes
+from lmcache_sdk.spec import CellGrid, namespace_of, weights_fingerprint
 
 _DEPENDENCIES = ("lmdb", "msgspec", "numpy", "prometheus-client", "pyyaml", "typer", "xxhash")
 _ENGINES = ("torch", "transformers", "vllm", "sglang")
@@ -78,9 +84,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _examination(
-    url: str | None, pool: str | None, model: Path | None, measure: bool
-) -> Iterator[Finding]:
+def _examination(url: str | None, pool: str | None, model: Path | None, measure: bool) -> Iterator[Finding]:
     yield from _versions()
     flags = {"url": url, "pool_bytes": pool}
     try:
@@ -123,9 +127,7 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _settings(
-    config: Config, flags: Mapping[str, Any], environment: Mapping[str, str]
-) -> Iterator[Finding]:
+def _settings(config: Config, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Finding]:
     file = environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
     in_file = _names_in(Path(file)) if file else ()
     for field in msgspec.structs.fields(Config):
@@ -185,8 +187,6 @@ def _available_memory() -> int:
 
 
 def _plugins() -> Iterator[Finding]:
-    from lmcache_sdk.kernels import describe_kernels, kernels_for
-
     for kind, source in describe_kernels().items():
         finding = Finding("installed", f"kernels {kind}", source)
         if kind == "cpu":
@@ -215,33 +215,38 @@ def _plugin(kind: str, entry: EntryPoint) -> Finding:
 
 
 def _store(url: str) -> Iterator[Finding]:
-    from lmcache_sdk.backend import Url, Usage
-    from lmcache_sdk.cli.inventory import Standing, survey
-
     parsed = Url(url)
-    place = local_path(parsed)
-    if place is not None and is_empty(place):
-        yield _absent(url, place)
-    elif parsed.scheme == "memory" or place is not None or parsed.host:
+    if missing := missing_store(parsed):
+        yield _absent(missing)
+    else:
         try:
-            with existing_store(url) as backend:
-                usage = backend.usage() if isinstance(backend, Usage) else None
-                found = survey(backend)
-            text = f"{counted(len(found.records), 'record')}"
-            facts: dict[str, Any] = {"records": len(found.records)}
-            if usage:
-                of = f" of {format_size(usage.capacity_bytes)}" if usage.capacity_bytes else ""
-                text += f", {format_size(usage.used_bytes)}{of}"
-                facts |= {"used_bytes": usage.used_bytes, "capacity_bytes": usage.capacity_bytes}
-            yield Finding("store", "opens", f"{shown(url)}: {text}", facts=facts)
-            yield _namespaces([space.standing()[0] for space in found.spaces.values()], Standing.STALE, url)
+            backend = open_backend(url)
         except BackendLocked as error:
-            yield Finding("store", "in use", f"{error}")
-    if place is not None:
-        yield from _disk(_nearest(place))
+            yield Finding("store", "in use", str(error))
+        else:
+            try:
+                yield _opened(url, backend.usage() if isinstance(backend, Usage) else None)
+                if isinstance(backend, Scan):
+                    spaces = survey(backend).spaces.values()
+                    stale = sum(space.standing()[0] is Standing.STALE for space in spaces)
+                    yield _namespaces(url, len(spaces), stale)
+            finally:
+                backend.close(CLOSE_TIMEOUT_S)
+    place = local_path(parsed)
+    if place:
+        yield _disk(_nearest(place))
 
 
-def _absent(url: str, place: Path) -> Finding:
+def _opened(url: str, usage: UsageReport | None) -> Finding:
+    finding = Finding("store", "opens", shown(url))
+    if usage:
+        of = f" of {format_size(usage.capacity_bytes)}" if usage.capacity_bytes else ""
+        finding.text += f": {counted(usage.records, 'record')}, {format_size(usage.used_bytes)}{of}"
+        finding.facts = usage._asdict()
+    return finding
+
+
+def _absent(place: Path) -> Finding:
     finding = Finding("store", "none yet", f"{place} is made when the cache is first used")
     parent = _nearest(place)
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -253,21 +258,20 @@ def _absent(url: str, place: Path) -> Finding:
     return finding
 
 
-def _namespaces(standings: list[Any], stale: Any, url: str) -> Finding:
-    count = sum(standing is stale for standing in standings)
-    finding = Finding("store", "namespaces", f"{len(standings)}, {count} of them stale")
-    if count:
+def _namespaces(url: str, count: int, stale: int) -> Finding:
+    finding = Finding("store", "namespaces", f"{count}, {stale} of them stale")
+    if stale:
         finding.status, finding.fix = "warn", f"lmcache-sdk gc '{shown(url)}'"
     return finding
 
 
-def _disk(directory: Path) -> Iterator[Finding]:
+def _disk(directory: Path) -> Finding:
     usage = shutil.disk_usage(directory)
     finding = Finding("store", "disk", f"{format_size(usage.free)} free in {directory}", facts=usage._asdict())
     if usage.free < usage.total // 20:
         finding.status = "warn"
         finding.fix = "free some space; the store evicts where the disk is full, whatever its size says"
-    yield finding
+    return finding
 
 
 def _nearest(path: Path) -> Path:
@@ -276,32 +280,28 @@ def _nearest(path: Path) -> Path:
 
 
 def _model(directory: Path, config: Config, capacity_bytes: int) -> Iterator[Finding]:
-    from lmcache_sdk.pool import extent_bytes
-    from lmcache_sdk.spec import CellGrid, namespace_of, weights_fingerprint
-
     fingerprint = weights_fingerprint(directory)
     try:
-        facts = msgspec.json.decode((directory / "config.json").read_bytes(), type=dict[str, Any])
+        model = msgspec.json.decode((directory / "config.json").read_bytes(), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise ConfigError(f"{directory / 'config.json'} is no configuration of a model: {error}") from error
-    text = facts.get("text_config") or facts
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or facts.get("dtype") or facts.get("torch_dtype") or "float32")
+    text = model.get("text_config") or model
+    dtype = str(
+        text.get("dtype") or text.get("torch_dtype") or model.get("dtype") or model.get("torch_dtype") or "float32"
+    )
     namespace = namespace_of(
-        facts,
+        model,
         fingerprint=fingerprint,
         dtype=dtype,
         chunk_tokens=config.chunk_tokens,
         grid=CellGrid(config.layers_per_cell, config.heads_per_cell),
     )
     spec = namespace.spec
-    yield Finding("model", "is served", f"{facts.get('model_type', directory.name)}, KV in {dtype}")
+    yield Finding("model", "is served", f"{model.get('model_type', directory.name)}, KV in {dtype}")
     yield Finding("model", "namespace", namespace.id, facts={"fingerprint": fingerprint})
-    yield Finding(
-        "model",
-        "KV",
-        f"{format_size(spec.token_bytes)} a token, {format_size(spec.chunk_bytes)} a chunk of {spec.chunk_tokens} tokens",
-        facts={"token_bytes": spec.token_bytes, "chunk_bytes": spec.chunk_bytes},
-    )
+    chunk = f"{format_size(spec.chunk_bytes)} a chunk of {spec.chunk_tokens} tokens"
+    facts = {"token_bytes": spec.token_bytes, "chunk_bytes": spec.chunk_bytes}
+    yield Finding("model", "KV", f"{format_size(spec.token_bytes)} a token, {chunk}", facts=facts)
     each = sum(extent_bytes(cell.nbytes) for cell in spec.cells)
     tokens = config.pool_bytes // each * spec.chunk_tokens
     fit = Finding("model", "pool holds", f"{tokens:,} tokens", facts={"tokens": tokens})
@@ -317,9 +317,6 @@ def _model(directory: Path, config: Config, capacity_bytes: int) -> Iterator[Fin
 
 
 def _speeds(url: str) -> Iterator[Finding]:
-    from lmcache_sdk.backend import Url
-    from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
-
     def finding(speed: Speed) -> Finding:
         found = Finding(
             "speed",
@@ -335,9 +332,13 @@ def _speeds(url: str) -> Iterator[Finding]:
 
     yield from map(finding, memory_speeds())
     place = local_path(Url(url))
-    if place is not None:
-        beside = _nearest(place.parent)
+    if place is None:
+        return
+    beside = place if place.is_mount() else _nearest(place.parent)  # in any case on the store's own disk
+    if os.access(beside, os.W_OK | os.X_OK):
         yield from map(finding, store_speeds(Url(url).scheme, url.partition("?")[2], beside))
+    else:
+        yield Finding("speed", "store", f"not measured: {beside} is not writable for this user", "warn")
 
 
 __all__ = ["Finding", "doctor"]

@@ -122,7 +122,7 @@ def memory_speeds() -> Iterator[Speed]:
 
 def _keys(rng: np.random.Generator) -> Speed:
     tokens = rng.integers(0, 1 << 17, _HASHED_TOKENS).astype("<u4")
-    data = memoryview(tokens).cast("B")
+    data = tokens.data.cast("B")
 
     def bare() -> None:
         last = b""

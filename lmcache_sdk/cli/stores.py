@@ -129,9 +129,7 @@ def _shares(found: Survey) -> Iterable[dict[str, Any]]:
         yield _share(found.foreign, "", "", "", "")
 
 
-def _share(
-    stats: Sequence[Stat], namespace: str, label: str, producer: str, fidelity: str
-) -> dict[str, Any]:
+def _share(stats: Sequence[Stat], namespace: str, label: str, producer: str, fidelity: str) -> dict[str, Any]:
     return {
         "namespace": namespace,
         "label": label,
@@ -183,8 +181,12 @@ def _space(found: Survey, prefix: str) -> Space:
     raise ConfigError(f"{many} with {prefix!r}; there are: {names}")
 
 
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
+    if not _is_terminal():
         raise ConfigError("this deletes records and there is no terminal to ask; repeat it with --yes")
     typer.confirm(question, abort=True)
 
@@ -219,7 +221,7 @@ def gc(
         drops = _unusable(backend, survey(backend), verify=verify, unknown=unknown)
         if not dry_run:
             for drop in drops:
-                _delete(backend, [stat for stat in drop.stats])
+                _delete(backend, drop.stats)
     records = sum(len(drop.stats) for drop in drops)
     nbytes = sum(_nbytes(drop.stats) for drop in drops)
     if json:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
-from lmcache_sdk.backend import Backend, Scan, Url, open_backend
+from lmcache_sdk.backend import Backend, Scan, Url, open_backend, schemes
 from lmcache_sdk.config import cache_home, load_config
 from lmcache_sdk.errors import ConfigError, UnsupportedError
 
@@ -37,17 +37,20 @@ def local_path(url: Url) -> Path | None:
 
 def shown(url: str) -> str:
     """A URL as it may be printed: without user and password."""
-    return re.sub(r"//[^/@]*@", "//…@", url)
+    return re.sub(r"://[^/]*@", "://…@", url)
 
 
-def is_empty(place: Path) -> bool:
-    """Whether nothing is there, or an empty directory. What cannot be read is not empty."""
+def missing_store(url: Url) -> Path | None:
+    """The local directory in which opening this URL would make a store; None if it would not."""
+    place = local_path(url)
+    if place is None or url.scheme not in schemes():
+        return None
     try:
-        return not any(place.iterdir())
+        return None if any(place.iterdir()) else place
     except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+        return place
+    except OSError:  # opening says what is wrong with it
+        return None
 
 
 @contextmanager
@@ -59,8 +62,7 @@ def existing_store(url: str) -> Iterator[Listed]:
         UnsupportedError: the backend cannot list its records.
         BackendError: it cannot be opened.
     """
-    place = local_path(Url(url))
-    if place is not None and is_empty(place):
+    if place := missing_store(Url(url)):
         raise ConfigError(f"there is no store in {place}; give the URL that the cache was used with")
     backend = open_backend(url)
     try:

@@ -10,9 +10,10 @@ from lmcache_sdk.keys import Origin
 
 
 class JobKind(StrEnum):
-    """Read from a tier; take checksums; write to a tier."""
+    """Read from a tier; check what an earlier life left; take checksums; write to a tier."""
 
     FETCH = "fetch"
+    VERIFY = "verify"
     SEAL = "seal"
     PUT = "put"
 
@@ -23,7 +24,7 @@ class Job:
 
     id: int
     kind: JobKind
-    tier: int  # -1 for SEAL
+    tier: int  # -1 for SEAL and VERIFY
     entries: list[Entry]
     deadline: float
     abandoned: bool = False

@@ -24,6 +24,9 @@ from lmcache_sdk.eviction import LRU, Policy
 from lmcache_sdk.keys import Chain, Origin
 
 
+_VERIFY = -1  # in place of a tier's number: the pool itself has the chunk, unchecked
+
+
 @dataclass(slots=True)
 class TierState:
     """``queued_bytes`` are written or wait to be."""
@@ -86,6 +89,8 @@ class Core:
         self.jobs: dict[int, Job] = {}
         self.pins: list[tuple[float, Entry]] = []
         self.counters: Counter[str] = Counter()
+        self._earlier_entries: list[Entry] = []  # an earlier life's clients may still read or write these
+        self._earlier_extents: list[int] = []
         self._seal = seal
         self._tick = 0
         self._next_id = 1
@@ -288,7 +293,7 @@ class Core:
         removed = 0
         for digest in reversed(digests):
             entry = space.entries.get(digest)
-            if entry is not None and entry.state is EntryState.PUBLISHED:
+            if entry is not None and entry.state in (EntryState.PUBLISHED, EntryState.ADOPTED):
                 self._remove(entry, "deleted")
                 removed += 1
         if self.tiers and digests:
@@ -297,10 +302,46 @@ class Core:
 
     def clear(self, space: Space) -> int:
         """Remove all published chunks of the space from the pool. Tiers are the shell's to clear."""
-        published = [entry for entry in space.entries.values() if entry.state is EntryState.PUBLISHED]
+        kept = (EntryState.PUBLISHED, EntryState.ADOPTED)
+        published = [entry for entry in space.entries.values() if entry.state in kept]
         for entry in published:
             self._remove(entry, "cleared")
         return len(published)
+
+    # What an earlier life of the pool left
+
+    def adopt(
+        self, space: Space, digest: bytes, extents: Sequence[int], first_position: int, *, leased: bool
+    ) -> None:
+        """Take over a sealed chunk that is not in the space yet. Call with the deepest chunks first.
+
+        Args:
+            extents: the address of each cell; already taken, see :meth:`Extents.take`.
+            leased: a client of the earlier life may still read it.
+        """
+        entry = self._add(space, digest, "", first_position, EntryState.ADOPTED)
+        entry.extents = list(extents)
+        entry.written = space.all_cells
+        entry.sealed = True
+        if leased:
+            entry.holds += 1
+            self._earlier_entries.append(entry)
+        else:
+            self.policy.insert(entry, entry.tick)
+
+    def quarantine(self, address: int) -> None:
+        """Keep memory out of use (already taken) that a client of the earlier life may still write to."""
+        self.extents.quarantine(address)
+        self._earlier_extents.append(address)
+
+    def earlier_clients_gone(self) -> None:
+        """No client of the earlier life reads or writes the pool any more."""
+        entries, self._earlier_entries = self._earlier_entries, []
+        addresses, self._earlier_extents = self._earlier_extents, []
+        for address in addresses:
+            self.extents.free(address)
+        for entry in entries:
+            self._drop(entry)
 
     # Events from the shell
 
@@ -312,7 +353,7 @@ class Core:
         del self.jobs[job.id]
         if job.tier >= 0 and not job.abandoned:
             self.tiers[job.tier].breaker.record(not failed, now)
-        if job.kind is JobKind.FETCH:
+        if job.kind in (JobKind.FETCH, JobKind.VERIFY):
             self._fetched(job, results)
         elif job.kind is JobKind.SEAL:
             sealed = [entry for entry, ok in zip(job.entries, results, strict=True) if ok]
@@ -333,10 +374,10 @@ class Core:
 
     def tick(self, now: float) -> None:
         """Abandon what is past its deadline, let holds and pins expire."""
-        for job in [job for job in self.jobs.values() if job.deadline <= now and not job.abandoned]:
+        for job in list(self.jobs.values()):
+            if job.tier < 0 or job.deadline > now or job.abandoned:
+                continue  # work on the pool's own memory always ends
             job.abandoned = True
-            if job.tier < 0:
-                continue
             self.tiers[job.tier].breaker.record(False, now)
             self.counters[f"abandoned_jobs.{self.tier_names[job.tier]}"] += 1
             if job.kind is JobKind.FETCH:
@@ -427,6 +468,10 @@ class Core:
             else:
                 self._link(entry, previous)
                 request.fetch.pop(position, None)
+                if entry.state is EntryState.ADOPTED:
+                    entry.state = EntryState.LOADING
+                    self._hold(entry)
+                    start.setdefault(_VERIFY, []).append(entry)
             request.entries[position] = entry
             if entry.state is EntryState.LOADING:
                 entry.waiters.append((request, position))
@@ -442,7 +487,7 @@ class Core:
             request.hold = previous
         request.state = RequestState.PENDING
         for tier, loading in start.items():
-            self._start(JobKind.FETCH, tier, loading, now)
+            self._start(JobKind.VERIFY if tier == _VERIFY else JobKind.FETCH, tier, loading, now)
             for entry in reversed(loading):
                 self._drop(entry)  # the job holds it now
         self._settle(request)
@@ -470,7 +515,8 @@ class Core:
             entry.state = EntryState.PUBLISHED
             entry.written = entry.space.all_cells
             entry.sealed = True
-            entry.tiers |= 1 << job.tier
+            if job.tier >= 0:
+                entry.tiers |= 1 << job.tier
             self._touch(entry)
             waiters, entry.waiters = entry.waiters, []
             for request, position in waiters:
@@ -652,6 +698,7 @@ class Core:
             *(reserved.entries.values() for reserved in self.reservations.values()),
             *(job.entries for job in self.jobs.values()),
             [entry for _, entry in self.pins],
+            self._earlier_entries,
         ):
             holds.update(entries)
         children: Counter[Entry] = Counter()
@@ -660,10 +707,10 @@ class Core:
             assert entry.space.entries[entry.digest] is entry and entry.state is not EntryState.DEAD
             if entry.parent is not None:
                 children[entry.parent] += 1
-            if entry.state is EntryState.PUBLISHED:
+            if entry.state in (EntryState.PUBLISHED, EntryState.ADOPTED):
                 assert entry.written == entry.space.all_cells and None not in entry.extents
             if entry.state is EntryState.LOADING:
-                assert holds[entry] and not entry.written
+                assert holds[entry]
             evictable = not entry.holds and not entry.children
             assert (entry in self.policy) == evictable, f"{entry.state.name} holds {entry.holds}"
         assert len(self.policy) == sum(not e.holds and not e.children for e in alive)
@@ -678,6 +725,8 @@ class Core:
                 if address is not None:
                     addresses.append(address)
                     quarantined += self.extents.size_of(address) * (entry.state is EntryState.DEAD)
+        addresses += self._earlier_extents
+        quarantined += sum(self.extents.size_of(address) for address in self._earlier_extents)
         assert len(addresses) == len(set(addresses)) == self.extents.allocated
         assert quarantined == self.extents.quarantined_bytes
         for tier, state in enumerate(self.tiers):

@@ -16,6 +16,7 @@ class EntryState(IntEnum):
     RESERVED = 0
     LOADING = 1
     PUBLISHED = 2
+    ADOPTED = 4  # left by an earlier life of the pool, to be verified before its first use
     DEAD = 3  # out of the index; its memory comes back when the last hold is dropped
 
 

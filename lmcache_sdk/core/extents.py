@@ -35,11 +35,16 @@ class Extents:
     Args:
         segments: size of each segment in bytes; rounded down to the alignment.
 
+    Attributes:
+        log: None, or a list to which every (address, bytes) that is allocated and every (address, 0) that is freed
+            is appended, for a journal that outlives the process.
+
     ``free_bytes + used_bytes + quarantined_bytes == total_bytes`` at all times. A quarantined extent is out of use
     but somebody may still write to it; it comes back by :meth:`free` when that has ended.
     """
 
     def __init__(self, segments: Sequence[int]) -> None:
+        self.log: list[tuple[int, int]] | None = None
         self.total_bytes = 0
         self.quarantined_bytes = 0
         self._allocated: dict[int, int] = {}
@@ -49,9 +54,12 @@ class Extents:
         self._holes_of: dict[int, dict[int, None]] = {}  # size -> starts (a dict as ordered set)
         self._sizes: list[int] = []  # distinct hole sizes, ascending
         self.free_bytes = 0
+        self._ends: list[int] = []
+        self._last_hole: dict[int, int] = {}  # segment -> start of the hole at its end
         for number, size in enumerate(segments):
             assert size < 1 << SEGMENT_SHIFT, "else extents of two segments would be neighbours"
             size -= size % ALIGNMENT
+            self._ends.append((number << SEGMENT_SHIFT) + size)
             self.total_bytes += size
             if size:
                 self._add_hole(number << SEGMENT_SHIFT, size)
@@ -69,6 +77,10 @@ class Extents:
         """How many extents are used or quarantined."""
         return len(self._allocated)
 
+    def allocations(self) -> list[tuple[int, int]]:
+        """(address, bytes) of all used and quarantined extents."""
+        return list(self._allocated.items())
+
     def size_of(self, address: int) -> int:
         return self._allocated[address]
 
@@ -84,12 +96,39 @@ class Extents:
         self._drop_hole(start, size)
         if size > want:
             self._add_hole(start + want, size - want)
-        self._allocated[start] = want
+        self._note(start, want)
         return start
+
+    def take(self, address: int, nbytes: int) -> bool:
+        """Allocate a place that an earlier life used; False if it is not free as a whole.
+
+        Quick if called with ascending addresses.
+        """
+        want = round_up(nbytes)
+        start = self._last_hole.get(segment_of(address))
+        if start is None or start > address:
+            start = max((at for at in self._hole_at if at <= address), default=None)
+        if start is None or address % ALIGNMENT or address + want > start + self._hole_at[start]:
+            return False
+        size = self._hole_at[start]
+        self._drop_hole(start, size)
+        if address > start:
+            self._add_hole(start, address - start)
+        if address + want < start + size:
+            self._add_hole(address + want, start + size - address - want)
+        self._note(address, want)
+        return True
+
+    def _note(self, address: int, nbytes: int) -> None:
+        self._allocated[address] = nbytes
+        if self.log is not None:
+            self.log.append((address, nbytes))
 
     def free(self, address: int) -> None:
         """Give an extent back (also one that was quarantined). Raises KeyError if it is not allocated."""
         size = self._allocated.pop(address)
+        if self.log is not None:
+            self.log.append((address, 0))
         if address in self._quarantined:
             self._quarantined.remove(address)
             self.quarantined_bytes -= size
@@ -119,10 +158,14 @@ class Extents:
             insort(self._sizes, size)
         self._holes_of[size][start] = None
         self.free_bytes += size
+        if start + size == self._ends[segment_of(start)]:
+            self._last_hole[segment_of(start)] = start
 
     def _drop_hole(self, start: int, size: int) -> None:
         del self._hole_at[start]
         del self._hole_ending_at[start + size]
+        if self._last_hole.get(segment_of(start)) == start:
+            del self._last_hole[segment_of(start)]
         starts = self._holes_of[size]
         del starts[start]
         if not starts:

@@ -9,8 +9,7 @@ The engine speaks first, once, when it can take requests::
 or ``{"error": "…"}``, and ends. Then each request has an ``id``, which its answer repeats, and an ``op``:
 
 ``generate``
-    request: ``ids`` (token ids), ``max_new_tokens``; optional ``temperature``, ``top_p``, ``top_k``,
-        ``seed``,
+    request: ``ids`` (token ids), ``max_new_tokens``; optional ``temperature``, ``top_p``, ``top_k``, ``seed``,
     ``cache_salt``, ``load`` and ``store`` (default true), ``logits`` (default false).
     answer: ``token_ids``, ``text``, ``prompt_tokens``, ``cached_tokens``, ``ttft_s``, ``finish_reason``; with
     ``logits`` also ``logits_sha256`` of the float32 logits after the prompt, and ``top``, 20 pairs of token

@@ -36,6 +36,7 @@ class Leased:
     id: int
     parts: set[int]
     contents: list[tuple[int, tuple[bytes, int]]]  # address -> (digest, cell) that must be there
+    earlier: bool = False  # given by a daemon that has died since
 
 
 class Simulator:
@@ -43,21 +44,22 @@ class Simulator:
         self.random = random.Random(seed)
         r = self.random
         self.now = 0.0
-        sizes = [r.choice([640, 1024, 4096]) for _ in range(r.randint(1, 3))]
-        tiers = [(f"tier{i}", r.random() < 0.5) for i in range(r.randint(0, 3))]
-        limits = Limits(
+        self.sizes = [r.choice([640, 1024, 4096]) for _ in range(r.randint(1, 3))]
+        self.tier_names = [(f"tier{i}", r.random() < 0.5) for i in range(r.randint(0, 3))]
+        self.limits = Limits(
             hold_s=r.choice([1.0, 20.0]),
             fetch_s=2.0,
             put_s=4.0,
             batch_bytes=r.choice([1, 600]),
             queue_bytes=0,
         )
-        self.core = Core(Extents(sizes), tiers, limits=limits, seal=bool(tiers) or r.random() < 0.5)
+        self.seal = bool(self.tier_names) or r.random() < 0.5
+        self.core = Core(Extents(self.sizes), self.tier_names, limits=self.limits, seal=self.seal)
         cells = [[64], [64, 64], [64, 192]]
         self.spaces = [
             self.core.open_space(Origin(f"{i:032x}", f"{i:016x}"), r.choice(cells)) for i in range(r.randint(1, 2))
         ]
-        self.tiers: list[set[tuple[Origin, bytes]]] = [set() for _ in tiers]
+        self.tiers: list[set[tuple[Origin, bytes]]] = [set() for _ in self.tier_names]
         for tier in self.tiers:  # what an earlier life has left
             for space in self.spaces:
                 for _ in range(r.randint(0, 4)):
@@ -67,6 +69,7 @@ class Simulator:
         self.probes: list[Probe] = []
         self.reservations: list[tuple[int, Reserved, tuple[int, ...]]] = []
         self.leases: list[Leased] = []
+        self.late: list[int] = []  # addresses that a client of a dead daemon may still write to
         self.rids: list[str] = []
         self.resolved: set[Request] = set()
 
@@ -98,6 +101,10 @@ class Simulator:
                 self.delete,
                 self.pin,
                 self.lose,
+                self.crash,
+                self.earlier_gone,
+                self.late_write,
+                self.rot,
             ]
         )
         action()
@@ -163,6 +170,8 @@ class Simulator:
         if not self.leases:
             return
         lease = self.random.choice(self.leases)
+        if lease.earlier:
+            return
         part = self.random.choice([0, 1])
         self.core.release(lease.id, part)
         self.core.release(lease.id, part)
@@ -254,7 +263,9 @@ class Simulator:
         for entry in job.entries:
             origin = entry.space.origin
             ok = not trouble and self.random.random() < 0.95
-            if job.kind is JobKind.FETCH:
+            if job.kind is JobKind.VERIFY:
+                ok = all(self.memory[a] == (entry.digest, cell) for cell, a in enumerate(entry.extents) if a is not None)
+            elif job.kind is JobKind.FETCH:
                 ok = ok and (origin, entry.digest) in self.tiers[job.tier]
                 # A call may have written into its buffers whether it succeeds or not, and however late it returns.
                 self.write(entry, tuple(range(len(entry.extents))), good=ok)
@@ -267,6 +278,65 @@ class Simulator:
             results.append(ok)
         self.core.job_done(job, results, self.now, failed=trouble)
 
+    # Daemons that die
+
+    def crash(self) -> None:
+        """The daemon dies at this point, clients live on; the next one finds the pool and its journal."""
+        if self.random.random() < 0.8:
+            return
+        old = self.core
+        sealed: dict[int, Entry] = {}
+        for space in self.spaces:
+            for entry in space.entries.values():
+                if entry.sealed:
+                    sealed |= {address: entry for address in entry.extents if address is not None}
+        leased = {address for lease in self.leases for address, _ in lease.contents}
+        for _, reserved, _ in self.reservations:
+            for chunk, entry in reserved.entries.items():
+                self.late += [a for a in (entry.extents[cell] for cell in reserved.cells[chunk]) if a is not None]
+        for lease in self.leases:
+            lease.earlier = True
+        self.jobs, self.probes, self.reservations = [], [], []
+        self.core = Core(Extents(self.sizes), self.tier_names, limits=self.limits, seal=self.seal)
+        self.spaces = [self.core.open_space(space.origin, space.cell_bytes) for space in self.spaces]
+        adopted: set[Entry] = set()
+        for address, nbytes in sorted(old.extents.allocations()):
+            assert self.core.extents.take(address, nbytes)
+            if address in sealed:
+                adopted.add(sealed[address])
+            else:
+                self.core.quarantine(address)
+        for entry in sorted(adopted, key=lambda entry: (-entry.first_position, entry.digest)):
+            extents = [address for address in entry.extents if address is not None]
+            self.core.adopt(
+                self.core.spaces[entry.space.origin],
+                entry.digest,
+                extents,
+                entry.first_position,
+                leased=not leased.isdisjoint(extents),
+            )
+
+    def earlier_gone(self) -> None:
+        """The clients of the dead daemon have ended their copies, and said so."""
+        self.late = []
+        self.leases = [lease for lease in self.leases if not lease.earlier]
+        self.core.earlier_clients_gone()
+
+    def late_write(self) -> None:
+        for address in self.late:
+            if self.random.random() < 0.5:
+                self.memory[address] = None
+
+    def rot(self) -> None:
+        """A bit flips in memory that an earlier life left and nobody has verified yet."""
+        leased = {address for lease in self.leases for address, _ in lease.contents}
+        for space in self.spaces:
+            for entry in space.entries.values():
+                if entry.state is EntryState.ADOPTED and self.random.random() < 0.1:
+                    for address in entry.extents:
+                        if address is not None and address not in leased:
+                            self.memory[address] = None
+
     def time(self) -> None:
         self.now += self.random.choice([0.1, 1.0, 3.0])
         self.core.tick(self.now)
@@ -278,6 +348,7 @@ class Simulator:
 
     def finish(self) -> None:
         """Everybody goes home: all memory must come back."""
+        self.earlier_gone()
         while self.jobs or self.probes or self.reservations:
             self.finish_job()
             self.answer_probe()

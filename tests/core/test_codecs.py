@@ -182,9 +182,7 @@ def test_raw_is_there_and_an_unknown_name_is_refused() -> None:
         codec_by_name("nosuch")
 
 
-def test_a_third_party_codec_is_found_by_its_entry_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_third_party_codec_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = tmp_path / "toy_codec-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-codec\nVersion: 1\n")

@@ -157,9 +157,8 @@ def test_hashing_is_thread_safe() -> None:
 
         def ask(step: int, chain: Chain = chain, start: Any = start, wrong: list[int] = wrong) -> None:
             start.wait()
-            for count in range(step, len(expected) + step, step):
-                if chain.digests(count) != expected[:count]:
-                    wrong.append(count)
+            counts = range(step, len(expected) + step, step)
+            wrong.extend(count for count in counts if chain.digests(count) != expected[:count])
 
         threads = [threading.Thread(target=ask, args=(step,)) for step in (97, 131, 250, 251, 499, 997, 2500, 5000)]
         for thread in threads:
@@ -259,7 +258,7 @@ def test_another_image_in_the_same_place_is_another_chunk() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 3), (3, 3), (4, 3)])
 def test_an_overlay_that_covers_nothing_is_refused(start: int, end: int) -> None:
-    with pytest.raises(ConfigError, match="start .. end - 1"):
+    with pytest.raises(ConfigError, match=r"start \.\. end - 1"):
         Chain(range(8), 8, overlays=[Overlay(start, end, "a")])
 
 

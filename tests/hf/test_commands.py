@@ -34,6 +34,7 @@ def call(*arguments: object, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
+@pytest.mark.timeout(180)
 def test_demo_shows_a_hit_in_a_new_process(tmp_path: Path, tiny_directory: Path) -> None:
     figures, picture = tmp_path / "demo.json", tmp_path / "demo.png"
     arguments = ("demo", "--model", tiny_directory, "--tokens", 1200, "--new-tokens", 3)
@@ -48,6 +49,7 @@ def test_demo_shows_a_hit_in_a_new_process(tmp_path: Path, tiny_directory: Path)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.timeout(180)
 def test_demo_with_the_real_model(tmp_path: Path, real_directory: Path) -> None:
     figures = tmp_path / "demo.json"
     arguments = ("demo", "--model", real_directory, "--tokens", 800, "--new-tokens", 4)

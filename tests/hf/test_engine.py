@@ -80,6 +80,7 @@ def test_a_store_that_another_process_has_open_is_refused(process: EngineHarness
         engine(tiny_directory, "--cache", url).start()
 
 
+@pytest.mark.timeout(180)
 def test_killed_in_the_middle_the_next_process_is_exact(tiny_directory: Path, store_url: str, plain: Runner) -> None:
     prompts = [some_ids(700, seed=number) for number in range(30)]
     with engine(tiny_directory, "--cache", store_url) as first:

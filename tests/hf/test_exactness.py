@@ -95,7 +95,7 @@ def _negate_keys(cache: Cache, chain: Chain, model: Model) -> None:
     ticket = cache.claim("negate", lookup.chunks)
     assert ticket is not None
     chunks = [
-        cache.segment(segment)[offset : offset + spec.chunk_bytes].copy()
+        cache.segments(ticket.boot)[segment][offset : offset + spec.chunk_bytes].copy()
         for segment, offset in ticket.places()[:, 0].tolist()
     ]
     cache.release(ticket)
@@ -109,6 +109,6 @@ def _negate_keys(cache: Cache, chain: Chain, model: Model) -> None:
     for chunk, (segment, offset) in zip(chunks, reservation.places()[:, 0].tolist(), strict=True):
         cell = chunk.view(np.float32).reshape(layers, 2, CHUNK, heads, model.group.dim)
         cell[:, 0] *= -1
-        cache.segment(segment)[offset : offset + spec.chunk_bytes] = chunk
+        cache.segments(reservation.boot)[segment][offset : offset + spec.chunk_bytes] = chunk
     cache.publish(reservation)
     assert cache.drain(10)

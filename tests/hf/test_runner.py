@@ -94,11 +94,12 @@ def test_one_token_is_always_computed(runner: Runner, tokens: int, cached: int) 
 
 def test_generated_tokens_are_stored_too(runner: Runner) -> None:
     first = runner.generate(some_ids(100), max_new_tokens=60, sampling=Sampling(1.0, seed=1))
-    assert len(first.token_ids) == 60
     assert runner.drain()
     longer = [*first.prompt_ids.tolist(), *first.token_ids, 7]
-    # The last generated token was never computed with, so 159 tokens have KV: two chunks.
-    assert runner.generate(longer, max_new_tokens=1).cached_tokens == 2 * CHUNK
+    # The last generated token was never computed with.
+    computed = 100 + len(first.token_ids) - 1
+    cached = runner.generate(longer, max_new_tokens=1).cached_tokens
+    assert cached == computed // CHUNK * CHUNK > 100
 
 
 def test_prefixes_are_shared(runner: Runner, plain: Runner) -> None:

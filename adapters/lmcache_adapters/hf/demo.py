@@ -177,6 +177,7 @@ def plot(report: Report, file: Path) -> None:
     axes.set_xticks(range(len(report.rows)), [f"question {n}" for n in range(1, len(report.rows) + 1)])
     axes.set_ylabel("time to first token (s)")
     axes.set_title(f"{report.rows[0].prompt_tokens} tokens of prompt")
+    axes.margins(y=0.2)  # room for the legend above the bars
     axes.legend()
     figure.savefig(file)
 

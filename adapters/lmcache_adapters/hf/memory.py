@@ -79,9 +79,8 @@ class KVMemory:
     def __init__(self, group: Group, slots: int, device: torch.device) -> None:
         self.group = group
         self.slots = slots
-        dtype = getattr(torch, group.dtype)
         shape = (len(group.layers), 2, slots, group.heads, group.dim)
-        self.rows = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = torch.empty(shape, dtype=getattr(torch, group.dtype), device=device)
         self.layers = [SlotLayer(layer[0], layer[1]) for layer in self.rows]
         self.cache = Cache(layers=list(self.layers))
 

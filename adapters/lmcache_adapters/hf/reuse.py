@@ -76,8 +76,7 @@ class ReusableMemory:
         return restored
 
     def save(self, rid: str, chain: Chain, first_chunk: int) -> None:
-        """Store the full chunks from ``first_chunk`` on, in the background; the slots stay valid until the
-        next restore."""
+        """Store the full chunks from ``first_chunk`` on, in the background, while the request goes on."""
         count = min(len(chain), self.memory.length // chain.chunk_tokens) - first_chunk
         if self._connector is None or count <= 0:
             return

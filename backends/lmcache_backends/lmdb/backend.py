@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 DEFAULT_SIZE = "10GiB"
 MINIMUM_SIZE = 1 << 20
+_UNNAMED = "the size it had"
 
 _PAGE = 4096
 _PAGE_HEADER = 16
@@ -74,9 +75,7 @@ class LMDBBackend:
 
     def __init__(self, path: Path, size: int) -> None:
         if size < MINIMUM_SIZE:
-            raise ConfigError(
-                f"size={size} for the store {path} is too small; at least {format_size(MINIMUM_SIZE)}"
-            )
+            raise ConfigError(f"size={size} for the store {path} is too small; at least {format_size(MINIMUM_SIZE)}")
         self.path = path
         self._size = size
         self._full_budget = size - max(int(size * _RESERVE), _LEAST_RESERVE)
@@ -104,14 +103,12 @@ class LMDBBackend:
         """``lmdb:///absolute/path[?size=50GiB]``; by default the size it had, 10 GiB if it is new. Raises as the class
         does.
         """
-        size = url.take("size")
+        size = url.take("size", _UNNAMED)
         url.finish()
         if url.host or len(url.path) < 2:
-            raise ConfigError(
-                f"{url.text!r} has no absolute path; write lmdb:///var/lib/kv with three slashes"
-            )
+            raise ConfigError(f"{url.text!r} has no absolute path; write lmdb:///var/lib/kv with three slashes")
         path = Path(url.path)
-        if size:
+        if size != _UNNAMED:
             return cls(path, parse_size(size))
         known = last_size(path)
         return cls(path, max(known, MINIMUM_SIZE) if known else parse_size(DEFAULT_SIZE))
@@ -244,9 +241,7 @@ class LMDBBackend:
                 if not self._no_room(error, need):
                     raise self._failure(error) from error
                 last = error
-        raise BackendFull(
-            f"no room in the store {self.path} ({last}); free disk space, or raise its size"
-        ) from last
+        raise BackendFull(f"no room in the store {self.path} ({last}); free disk space, or raise its size") from last
 
     def _make_room(self, need: int) -> None:
         """Evict ahead of a record; in batches, since freed pages are reusable only a commit later."""
@@ -320,9 +315,7 @@ class LMDBBackend:
     def _shrink(self) -> None:
         """The file is larger than the size asked for: evict what is over it, and copy the rest together."""
         before = self._environment.extent
-        self._environment.env.set_mapsize(
-            before + _BATCH_LIMIT
-        )  # deleting takes new pages, before it frees any
+        self._environment.env.set_mapsize(before + _BATCH_LIMIT)  # deleting takes new pages, before it frees any
         if self._used > self._budget:
             self._evict(self._used - self._budget)
         try:

@@ -75,7 +75,7 @@ def last_size(path: Path) -> int:
     Where that is not known, what its file takes: opening must not evict because nobody named a size.
     """
     try:
-        if size := _read_state(path).size:
+        if size := int(_read_state(path).size):
             return size
     except (OSError, ValueError, TypeError):
         pass
@@ -181,11 +181,7 @@ class Home:
 
     def set_aside(self, why: str) -> None:
         """Move the records out of the way, keeping only the newest that were set aside."""
-        old = {
-            int(m[1]): p
-            for p in self.path.iterdir()
-            if (m := re.fullmatch(r"records\.damaged-(\d+)", p.name))
-        }
+        old = {int(m[1]): p for p in self.path.iterdir() if (m := re.fullmatch(r"records\.damaged-(\d+)", p.name))}
         aside = self.path / f"records.damaged-{max(old, default=0) + 1}"
         self.records.rename(aside)
         for path in old.values():
@@ -243,9 +239,7 @@ def _check_format(path: Path) -> bool:
             ) from None
         return False
     except (ValueError, KeyError, TypeError):
-        raise BackendFormatError(
-            f"{path}/FORMAT is unreadable; choose another directory, or delete this one"
-        ) from None
+        raise BackendFormatError(f"{path}/FORMAT is unreadable; choose another directory, or delete this one") from None
     if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
         raise BackendFormatError(
             f"{path} holds format {name!r} version {version!r}, this release reads {FORMAT_NAME!r} version "

@@ -11,7 +11,8 @@ import typer
 import typer.core
 
 from lmcache_sdk import __version__
-from lmcache_sdk.cli import doctor, stores
+from lmcache_sdk.cli.doctor import doctor
+from lmcache_sdk.cli.stores import clear, du, gc, ls
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError, UnsupportedError
 
 ENTRY_POINTS = "lmcache_sdk.commands"
@@ -84,8 +85,7 @@ def _unavailable(entry: EntryPoint, error: Exception) -> Any:
 
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, **_PLAIN)
-app.command("doctor")(doctor.doctor)
-for _command_function in (stores.ls, stores.du, stores.clear, stores.gc):
+for _command_function in (doctor, ls, du, clear, gc):
     app.command()(_command_function)
 
 
