@@ -82,9 +82,7 @@ def lookups(repeats: int) -> Iterator[Row]:
         result = paired(lambda: look(other, 0), lambda c=chunks: look(cached, c), LONG_PROMPT * 4, repeats)
         yield at_most(f"lookup, miss on the first of {chunks} chunks: time / full hit", result, 1 / 20)
         width, data = 4 * chunk_tokens, cached.tobytes()
-        result = paired(
-            lambda c=chunks: look(cached, c), lambda w=width: bare_hash_loop(data, w), len(data), repeats
-        )
+        result = paired(lambda c=chunks: look(cached, c), lambda w=width: bare_hash_loop(data, w), len(data), repeats)
         yield at_most(f"lookup, full hit of {chunks} chunks: time / bare hashlib loop", result, 2.0)
         cache.close()
 
@@ -108,9 +106,7 @@ def lmdb_rows(repeats: int) -> Iterator[Row]:
             )
 
 
-def _load(
-    folder: Path, space: Namespace, chunks: int, source: np.ndarray, target: np.ndarray, repeats: int
-) -> Paired:
+def _load(folder: Path, space: Namespace, chunks: int, source: np.ndarray, target: np.ndarray, repeats: int) -> Paired:
     """Two prompts in turn through a pool that holds one: each load evicts the other prompt. Page cache warm."""
     nbytes = source.nbytes
     url = f"lmdb://{folder}/load?size={4 * nbytes}"

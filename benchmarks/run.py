@@ -30,7 +30,9 @@ def main() -> int:
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1))
     print(table(rows))
     missed = [row.name for row in rows if not row.holds]
-    print(f"{len(rows)} rows in {time.perf_counter() - started:.0f} s, {len(missed)} below their bar; raw: {options.out}")
+    print(
+        f"{len(rows)} rows in {time.perf_counter() - started:.0f} s, {len(missed)} below their bar; raw: {options.out}"
+    )
     return 1 if missed else 0
 
 

@@ -358,7 +358,9 @@ class Store:
             return
         deadline = time.monotonic() + timeout_s
         if not self.drain(timeout_s):
-            _log.warning("closed before everything had reached the tiers (waited %.1f s)", timeout_s)
+            with self._lock:
+                left = [f"{job.kind.value} {len(job.entries)} chunks" for job in self._core.jobs.values()]
+            _log.warning("closed with unfinished writes after %.1f s: %d tasks, %s", timeout_s, self._tasks, left)
         self._closed = True
         self._stop.set()
         self._busy.set()

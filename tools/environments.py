@@ -203,11 +203,7 @@ def check_call(command: list[str]) -> None:
 
 def clean_environ() -> dict[str, str]:
     """The caller's variables without those that would bring another Python's packages in."""
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 # --- the project in an environment
@@ -264,9 +260,7 @@ def program(folder: Path, name: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
     commands.add_parser("build").add_argument("names", nargs="+", choices=ENVIRONMENTS, metavar="NAME")

@@ -87,9 +87,7 @@ def report(results: list[Result], full: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="with the slow tests")
     parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE")
     arguments = parser.parse_args()

@@ -91,9 +91,7 @@ class MemoryBackend:
 
     def scan(self, prefix: str = "") -> Iterator[Stat]:
         with self._calls, self._lock:
-            return iter(
-                [Stat(key, len(data)) for key, data in self._records.items() if key.startswith(prefix)]
-            )
+            return iter([Stat(key, len(data)) for key, data in self._records.items() if key.startswith(prefix)])
 
     def usage(self) -> UsageReport:
         with self._calls, self._lock:

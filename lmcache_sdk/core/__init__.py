@@ -9,6 +9,7 @@ from lmcache_sdk.core.actions import (
     Removed,
     Resolved,
     StartJob,
+    Stored,
 )
 from lmcache_sdk.core.breaker import Breaker
 from lmcache_sdk.core.core import Core, Limits
@@ -32,4 +33,5 @@ __all__ = [
     "Resolved",
     "Space",
     "StartJob",
+    "Stored",
 ]

@@ -62,6 +62,15 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A chunk has become readable. ``parent`` is the digest of the chunk before it, if that is known."""
+
+    origin: Origin
+    digest: bytes
+    parent: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class Removed:
     """An entry left the index. ``reason``: evicted, deleted, cleared, aborted, failed, abandoned."""
 
@@ -70,4 +79,4 @@ class Removed:
     reason: str
 
 
-Action = StartJob | Probe | DeleteRecords | Resolved | Removed
+Action = StartJob | Probe | DeleteRecords | Resolved | Stored | Removed

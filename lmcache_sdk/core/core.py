@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lmcache_sdk.core.actions import Action, DeleteRecords, Job, JobKind, Probe, Removed, Resolved, StartJob
+from lmcache_sdk.core.actions import Action, DeleteRecords, Job, JobKind, Probe, Removed, Resolved, StartJob, Stored
 from lmcache_sdk.core.breaker import Breaker
 from lmcache_sdk.core.entries import Entry, EntryState, Lease, Request, RequestState, Reserved, Space
-from lmcache_sdk.core.extents import Extents
+from lmcache_sdk.core.extents import Extents, Note
 from lmcache_sdk.eviction import LRU, Policy
 from lmcache_sdk.keys import Chain, Origin
 
@@ -169,6 +169,7 @@ class Core:
             entries.append(entry)
         for entry in entries:
             self._hold(entry)
+            self._note(entry, Note.LEASED)
         lease = self._id()
         self.leases[lease] = Lease(entries, set(range(parts)))
         request.state = RequestState.CLAIMED
@@ -183,6 +184,7 @@ class Core:
         if not held.parts:
             del self.leases[lease]
             for entry in reversed(held.entries):
+                self._note(entry, Note.RELEASED)
                 self._drop(entry)
 
     def forget(self, rid: str) -> None:
@@ -256,6 +258,7 @@ class Core:
             if entry.written == entry.space.all_cells:
                 entry.state = EntryState.PUBLISHED
                 self._touch(entry)
+                self._tell_stored(entry)
                 published.append(entry)
                 self.counters["stored_chunks"] += 1
             else:
@@ -310,9 +313,7 @@ class Core:
 
     # What an earlier life of the pool left
 
-    def adopt(
-        self, space: Space, digest: bytes, extents: Sequence[int], first_position: int, *, leased: bool
-    ) -> None:
+    def adopt(self, space: Space, digest: bytes, extents: Sequence[int], first_position: int, *, leased: bool) -> None:
         """Take over a sealed chunk that is not in the space yet. Call with the deepest chunks first.
 
         Args:
@@ -358,7 +359,7 @@ class Core:
         elif job.kind is JobKind.SEAL:
             sealed = [entry for entry, ok in zip(job.entries, results, strict=True) if ok]
             for entry in sealed:
-                entry.sealed = True
+                self._set_sealed(entry)
             self._write_back([entry for entry in sealed if entry.state is EntryState.PUBLISHED], now)
         else:
             state = self.tiers[job.tier]
@@ -514,7 +515,8 @@ class Core:
                 continue
             entry.state = EntryState.PUBLISHED
             entry.written = entry.space.all_cells
-            entry.sealed = True
+            self._set_sealed(entry)
+            self._tell_stored(entry)
             if job.tier >= 0:
                 entry.tiers |= 1 << job.tier
             self._touch(entry)
@@ -611,6 +613,22 @@ class Core:
                 self._free(entry)
             elif entry.children == 0:
                 self.policy.insert(entry, entry.tick)
+
+    def _set_sealed(self, entry: Entry) -> None:
+        if not entry.sealed:
+            entry.sealed = True
+            if entry.state is not EntryState.DEAD:
+                self._note(entry, Note.SEALED)
+
+    def _note(self, entry: Entry, what: Note) -> None:
+        if self.extents.log is not None:
+            for address in entry.extents:
+                if address is not None:
+                    self.extents.note(address, what)
+
+    def _tell_stored(self, entry: Entry) -> None:
+        parent = entry.parent.digest if entry.parent is not None else None
+        self.actions.append(Stored(entry.space.origin, entry.digest, parent))
 
     def _touch(self, entry: Entry) -> None:
         """Mark as just used; the entry is held by the caller, so the policy does not have it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from enum import IntEnum
 from itertools import pairwise
 
 SEGMENT_SHIFT = 40
@@ -29,6 +30,18 @@ def offset_of(address: int) -> int:
     return address & ((1 << SEGMENT_SHIFT) - 1)
 
 
+class Note(IntEnum):
+    """What has become of an extent, for a journal that outlives the process. A positive number: allocated, of so many
+    bytes.
+    """
+
+    FREED = 0
+    QUARANTINED = -1
+    LEASED = -2
+    RELEASED = -3
+    SEALED = -4
+
+
 class Extents:
     """Free, used and quarantined bytes of a pool.
 
@@ -36,8 +49,8 @@ class Extents:
         segments: size of each segment in bytes; rounded down to the alignment.
 
     Attributes:
-        log: None, or a list to which every (address, bytes) that is allocated and every (address, 0) that is freed
-            is appended, for a journal that outlives the process.
+        log: None, or a list to which (address, :class:`Note` or bytes) is appended at every change.
+        most: how many extents there may be; None = any number.
 
     ``free_bytes + used_bytes + quarantined_bytes == total_bytes`` at all times. A quarantined extent is out of use
     but somebody may still write to it; it comes back by :meth:`free` when that has ended.
@@ -45,6 +58,7 @@ class Extents:
 
     def __init__(self, segments: Sequence[int]) -> None:
         self.log: list[tuple[int, int]] | None = None
+        self.most: int | None = None
         self.total_bytes = 0
         self.quarantined_bytes = 0
         self._allocated: dict[int, int] = {}
@@ -89,14 +103,15 @@ class Extents:
         assert nbytes > 0, "an empty extent would share its address with another"
         want = round_up(nbytes)
         at = bisect_left(self._sizes, want)
-        if at == len(self._sizes):
+        if at == len(self._sizes) or (self.most is not None and len(self._allocated) >= self.most):
             return None
         size = self._sizes[at]
         start = next(iter(self._holes_of[size]))
         self._drop_hole(start, size)
         if size > want:
             self._add_hole(start + want, size - want)
-        self._note(start, want)
+        self._allocated[start] = want
+        self.note(start, want)
         return start
 
     def take(self, address: int, nbytes: int) -> bool:
@@ -116,19 +131,19 @@ class Extents:
             self._add_hole(start, address - start)
         if address + want < start + size:
             self._add_hole(address + want, start + size - address - want)
-        self._note(address, want)
+        self._allocated[address] = want
+        self.note(address, want)
         return True
 
-    def _note(self, address: int, nbytes: int) -> None:
-        self._allocated[address] = nbytes
+    def note(self, address: int, what: int) -> None:
+        """Append to the log, if there is one."""
         if self.log is not None:
-            self.log.append((address, nbytes))
+            self.log.append((address, what))
 
     def free(self, address: int) -> None:
         """Give an extent back (also one that was quarantined). Raises KeyError if it is not allocated."""
         size = self._allocated.pop(address)
-        if self.log is not None:
-            self.log.append((address, 0))
+        self.note(address, Note.FREED)
         if address in self._quarantined:
             self._quarantined.remove(address)
             self.quarantined_bytes -= size
@@ -149,6 +164,7 @@ class Extents:
         if address not in self._quarantined:
             self._quarantined.add(address)
             self.quarantined_bytes += size
+            self.note(address, Note.QUARANTINED)
 
     def _add_hole(self, start: int, size: int) -> None:
         self._hole_at[start] = size

@@ -31,6 +31,7 @@ _MADV_POPULATE_READ = 22  # since 5.14
 _MADV_POPULATE_WRITE = 23  # since 5.14
 _MADV_COLLAPSE = 25  # since 6.1
 _MAP_FIXED = 0x10
+_PROT_NONE = 0
 _MPOL_PREFERRED = 1
 _MBIND = {"x86_64": 237, "aarch64": 235, "ppc64le": 259, "s390x": 268, "riscv64": 235}
 
@@ -66,7 +67,7 @@ def map_shared(descriptor: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """
     # Room with 2 MiB to spare; the file is then put over the aligned part, and what sticks out is given back.
     room_bytes = nbytes + HUGE_PAGE_BYTES
-    room = _mmap(None, room_bytes, mmap.PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE, -1)
+    room = _mmap(None, room_bytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     start = -(-room // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     try:
         _mmap(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
@@ -78,6 +79,12 @@ def map_shared(descriptor: int, nbytes: int) -> npt.NDArray[np.uint8]:
         if low < high:
             _c.munmap(low, high - low)
     return np.asarray(_Mapping(start, nbytes))
+
+
+def is_complete(descriptor: int, nbytes: int) -> bool:
+    """Whether a file has this size and no holes: touching it then kills nobody, however full the file system is."""
+    status = os.fstat(descriptor)
+    return status.st_size == nbytes and status.st_blocks * 512 >= nbytes
 
 
 def map_segments(
@@ -93,12 +100,12 @@ def map_segments(
             of one by one as they are touched.
 
     Raises:
-        BackendFormatError: a file is smaller than it should be; touching it would kill this process.
+        BackendFormatError: a file is not whole; touching it would kill this process.
         BackendUnavailable: the kernel refuses.
     """
     for number, (descriptor, size) in enumerate(zip(descriptors, sizes, strict=True)):
-        if (there := os.fstat(descriptor).st_size) < size:
-            raise BackendFormatError(f"segment {number} has {there} bytes, expected {size}")
+        if not is_complete(descriptor, size):
+            raise BackendFormatError(f"segment {number} has not the {size} bytes that it should have")
     segments = [map_shared(descriptor, size) for descriptor, size in zip(descriptors, sizes, strict=True)]
     if populate:
         for segment in segments:

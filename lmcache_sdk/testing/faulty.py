@@ -69,8 +69,7 @@ class FaultyBackend:
         """Read, and then lose, shorten or change some of it."""
         self._arrive("get")
         answers = [
-            self._spoil(answer, buffer)
-            for answer, buffer in zip(self.inner.get(keys, buffers), buffers, strict=True)
+            self._spoil(answer, buffer) for answer, buffer in zip(self.inner.get(keys, buffers), buffers, strict=True)
         ]
         self._leave()
         return answers

@@ -236,7 +236,9 @@ class Simulator:
             self.core.delete(space, self.chain().digests())
 
     def pin(self) -> None:
-        self.core.pin(self.random.choice(self.spaces), self.chain().digests(), self.now + self.random.choice([0.5, 5.0]))
+        self.core.pin(
+            self.random.choice(self.spaces), self.chain().digests(), self.now + self.random.choice([0.5, 5.0])
+        )
 
     # What tiers and time do
 
@@ -264,7 +266,9 @@ class Simulator:
             origin = entry.space.origin
             ok = not trouble and self.random.random() < 0.95
             if job.kind is JobKind.VERIFY:
-                ok = all(self.memory[a] == (entry.digest, cell) for cell, a in enumerate(entry.extents) if a is not None)
+                ok = all(
+                    self.memory[a] == (entry.digest, cell) for cell, a in enumerate(entry.extents) if a is not None
+                )
             elif job.kind is JobKind.FETCH:
                 ok = ok and (origin, entry.digest) in self.tiers[job.tier]
                 # A call may have written into its buffers whether it succeeds or not, and however late it returns.
@@ -282,7 +286,7 @@ class Simulator:
 
     def crash(self) -> None:
         """The daemon dies at this point, clients live on; the next one finds the pool and its journal."""
-        if self.random.random() < 0.8:
+        if self.random.random() < 0.65:
             return
         old = self.core
         sealed: dict[int, Entry] = {}
@@ -332,7 +336,7 @@ class Simulator:
         leased = {address for lease in self.leases for address, _ in lease.contents}
         for space in self.spaces:
             for entry in space.entries.values():
-                if entry.state is EntryState.ADOPTED and self.random.random() < 0.1:
+                if entry.state is EntryState.ADOPTED and self.random.random() < 0.5:
                     for address in entry.extents:
                         if address is not None and address not in leased:
                             self.memory[address] = None

@@ -451,9 +451,7 @@ def test_one_death_while_opening_costs_nothing(place: Path) -> None:
         assert found(backend, records) == len(records)
 
 
-def test_users_that_crash_again_and_again_make_it_suspect(
-    place: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_users_that_crash_again_and_again_make_it_suspect(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = fill(place)
     for _ in range(4):
         dying = python("LMDBBackend(place, 1 << 26)\nos.kill(os.getpid(), 9)", place)
@@ -582,9 +580,7 @@ def test_a_disk_that_others_filled(small_disk: Path) -> None:
             with suppress(BackendFull, BackendUnavailable):
                 backend.put([item(f"k{i}", some_bytes(500_000, i))])
         assert all(
-            read(backend, f"k{i}") == some_bytes(500_000, i)
-            for i in range(20)
-            if backend.contains([f"k{i}"])[0]
+            read(backend, f"k{i}") == some_bytes(500_000, i) for i in range(20) if backend.contains([f"k{i}"])[0]
         )
         (small_disk / "ballast").unlink()
         assert backend.put([item("after", some_bytes(500_000, 99))]) == [True]

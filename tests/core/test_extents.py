@@ -72,7 +72,9 @@ class ExtentsMachine(RuleBasedStateMachine):
         self.map.take(address, round_up(nbytes))
         assert self.extents.size_of(address) == round_up(nbytes)
 
-    @rule(segment=st.integers(0, 4), unit=st.integers(0, 45), off=st.sampled_from([0, 0, 0, 32]), units=st.integers(1, 9))
+    @rule(
+        segment=st.integers(0, 4), unit=st.integers(0, 45), off=st.sampled_from([0, 0, 0, 32]), units=st.integers(1, 9)
+    )
     def take(self, segment: int, unit: int, off: int, units: int) -> None:
         """A place of one's own choice, as an earlier life of the pool used it."""
         address, nbytes = (segment << SEGMENT_SHIFT) + unit * ALIGNMENT + off, units * ALIGNMENT

@@ -147,9 +147,7 @@ def make(folder):
     print("made")
 environments.complete(Path({str(tmp_path)!r}) / "folder", make)
 """
-    builders = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    builders = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [builder.communicate()[0] for builder in builders]
     assert [builder.returncode for builder in builders] == [0, 0, 0]
     assert sorted(outputs) == ["", "", "made\n"]

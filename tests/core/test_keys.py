@@ -256,6 +256,13 @@ def test_another_image_in_the_same_place_is_another_chunk() -> None:
     assert len({last(8, 12, "a"), last(8, 12, "b"), last(8, 13, "a"), last(9, 12, "a"), last(9, 12, "")}) == 5
 
 
+def test_the_order_in_which_overlays_are_given_does_not_matter() -> None:
+    overlays = [(2, 4, "b"), (2, 4, "a"), (1, 9, "c"), (2, 3, "d")]
+    for given_order in itertools.permutations(overlays):
+        chain = Chain(range(16), 8, overlays=[Overlay(*overlay) for overlay in given_order])
+        assert chain.digests() == digests_of(list(range(16)), 8, overlays=overlays)
+
+
 @pytest.mark.parametrize(("start", "end"), [(-1, 3), (3, 3), (4, 3)])
 def test_an_overlay_that_covers_nothing_is_refused(start: int, end: int) -> None:
     with pytest.raises(ConfigError, match=r"start \.\. end - 1"):
