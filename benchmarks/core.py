@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import lmdb
@@ -62,6 +63,14 @@ def store_chain(cache: LocalCache, chain: Chain) -> None:
     cache.publish(reservation)
 
 
+def _look(cache: LocalCache, chunk_tokens: int, numbers: Iterator[int], prompt: np.ndarray, expected: int) -> None:
+    """One lookup and its end."""
+    rid = str(next(numbers))
+    found = cache.lookup(rid, Chain(prompt, chunk_tokens))
+    assert found.chunks == expected
+    cache.forget(rid)
+
+
 def lookups(repeats: int) -> Iterator[Row]:
     numbers = itertools.count()
     for chunk_tokens in (64, 256):
@@ -72,17 +81,14 @@ def lookups(repeats: int) -> Iterator[Row]:
         cached, other = tokens(0, LONG_PROMPT), tokens(1, LONG_PROMPT)
         store_chain(cache, Chain(cached, chunk_tokens))
 
-        def look(prompt: np.ndarray, expected: int, cache=cache, chunk_tokens=chunk_tokens) -> None:  # type: ignore[no-untyped-def]
-            rid = str(next(numbers))
-            found = cache.lookup(rid, Chain(prompt, chunk_tokens))
-            assert found.chunks == expected
-            cache.forget(rid)
-
         chunks = LONG_PROMPT // chunk_tokens
-        result = paired(lambda: look(other, 0), lambda c=chunks: look(cached, c), LONG_PROMPT * 4, repeats)
+        look = partial(_look, cache, chunk_tokens, numbers)
+        hit, miss = partial(look, cached, chunks), partial(look, other, 0)
+        hashing = partial(bare_hash_loop, cached.tobytes(), 4 * chunk_tokens)
+        nbytes = 4 * LONG_PROMPT
+        result = paired(miss, hit, nbytes, repeats)
         yield at_most(f"lookup, miss on the first of {chunks} chunks: time / full hit", result, 1 / 20)
-        width, data = 4 * chunk_tokens, cached.tobytes()
-        result = paired(lambda c=chunks: look(cached, c), lambda w=width: bare_hash_loop(data, w), len(data), repeats)
+        result = paired(hit, hashing, nbytes, repeats)
         yield at_most(f"lookup, full hit of {chunks} chunks: time / bare hashlib loop", result, 2.0)
         cache.close()
 

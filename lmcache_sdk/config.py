@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -48,6 +49,11 @@ def format_size(nbytes: float) -> str:
 def cache_home() -> Path:
     """Where this user's store is by default: ``$XDG_CACHE_HOME/lmcache-sdk``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcache-sdk"
+
+
+def default_url() -> str:
+    """The store of this user. Without a size: an existing store keeps its own."""
+    return f"lmdb://{quote(str(cache_home() / 'store'))}"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -58,6 +58,7 @@ _T = TypeVar("_T")
 
 READERS_PER_TIER = 2
 _TICK_S = 0.1
+_PUTS_PER_MANIFEST = 64
 
 _STATES = {
     RequestState.WALKING: LookupState.PENDING,
@@ -82,13 +83,21 @@ class Tier(NamedTuple):
 
 
 class OpenSpace:
-    """A namespace and producer that a store serves: the core's space, and how its records are named."""
+    """A namespace and producer that a store serves: the core's space, and how its records are named.
+
+    Attributes:
+        manifests: descriptions for people, written beside the records.
+    """
 
     def __init__(self, space: Space, namespace: Namespace, producer: Producer) -> None:
         self.space = space
         self.namespace = namespace
         self.producer = producer
         self.spec = namespace.spec
+        self.manifests = [
+            Item(manifest_key(namespace.id), memoryview(msgspec.json.encode(namespace))),
+            Item(manifest_key(f"{namespace.id}/{producer.id}"), memoryview(msgspec.json.encode(producer))),
+        ]
         self.payload_bytes = tuple(cell.nbytes for cell in self.spec.cells)
         self._prefix = space.origin.prefix()
         self._suffixes = [f"/{cell.group}/{cell.name}" for cell in self.spec.cells]
@@ -169,6 +178,7 @@ class Store:
         self._spaces: dict[Space, OpenSpace] = {}
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._puts = 0
         self._tasks = 0  # writes that are no jobs: manifests, deletions
         self._closed = False
         self._stop = threading.Event()
@@ -178,6 +188,10 @@ class Store:
         self._writers = [_Worker(f"{tier.name}-write") for tier in tiers]
         self._timer = threading.Thread(target=self._keep_time, name="lmcache-timer", daemon=True)
         self._timer.start()
+        self._prefault = threading.Thread(
+            target=self.pool.prefault, args=(self._stop,), name="lmcache-prefault", daemon=True
+        )
+        self._prefault.start()
 
     # For adapters, through a Cache
 
@@ -200,13 +214,7 @@ class Store:
             opened = self._spaces.get(space)
             if opened is None:
                 opened = self._spaces[space] = OpenSpace(space, namespace, producer)
-        manifests = {
-            manifest_key(namespace.id): msgspec.json.encode(namespace),
-            manifest_key(f"{namespace.id}/{producer.id}"): msgspec.json.encode(producer),
-        }
-        items = [Item(key, memoryview(text)) for key, text in manifests.items()]
-        for index in range(len(self.tiers)):
-            self._write_task(index, lambda backend: backend.put(items))
+        self._write_manifests(opened)
         return opened
 
     def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True) -> Lookup:
@@ -365,6 +373,7 @@ class Store:
         self._stop.set()
         self._busy.set()
         self._timer.join()
+        self._prefault.join()
         for worker in (self._sealer, *self._readers, *self._writers):
             worker.stop(deadline)
         for tier in self.tiers:
@@ -530,6 +539,9 @@ class Store:
         started = time.perf_counter()
         tier.backend.put(items)
         self._observe(tier.name, "write", sum(len(item.data) for item in items), started)
+        self._puts += 1
+        if self._puts % _PUTS_PER_MANIFEST == 0:
+            tier.backend.put(opened.manifests)  # its own eviction may have taken them: they are the least used
         return alive
 
     def _encode(self, codec: Codec, record: memoryview) -> memoryview:
@@ -571,6 +583,10 @@ class Store:
         keys = [key for digest in digests for key in opened.keys(digest)]
         for index in range(len(self.tiers)):
             self._write_task(index, lambda backend: backend.delete(keys))
+
+    def _write_manifests(self, opened: OpenSpace) -> None:
+        for index in range(len(self.tiers)):
+            self._write_task(index, lambda backend: backend.put(opened.manifests))
 
     def _write_task(self, tier: int, task: Callable[[Backend], object]) -> None:
         """Something else for a tier's writer, in order with its puts."""

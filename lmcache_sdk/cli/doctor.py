@@ -18,8 +18,8 @@ from lmcache_sdk.backend import Scan, Url, Usage, UsageReport, open_backend
 from lmcache_sdk.cli.inventory import Standing, survey
 from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
 from lmcache_sdk.cli.output import counted, print_json
-from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, default_url, local_path, missing_store, shown
-from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, format_size, load_config
+from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, local_path, missing_store, shown
+from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, default_url, format_size, load_config
 from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
 from lmcache_sdk.kernels import describe_kernels, kernels_for
 from lmcache_sdk.pool import extent_bytes

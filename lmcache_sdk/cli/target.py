@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote
 
 from lmcache_sdk.backend import Backend, Scan, Url, open_backend, schemes
-from lmcache_sdk.config import cache_home, load_config
+from lmcache_sdk.config import default_url, load_config
 from lmcache_sdk.errors import ConfigError, UnsupportedError
 
 CLOSE_TIMEOUT_S = 60.0
@@ -18,11 +17,6 @@ CLOSE_TIMEOUT_S = 60.0
 
 class Listed(Backend, Scan, Protocol):
     """A backend that can list its records: what the commands for stores need."""
-
-
-def default_url() -> str:
-    """The store of this user. Without a size: an existing store keeps its own."""
-    return f"lmdb://{quote(str(cache_home() / 'store'))}"
 
 
 def target(url: str | None) -> str:

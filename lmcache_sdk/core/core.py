@@ -23,7 +23,6 @@ from lmcache_sdk.core.extents import Extents, Note
 from lmcache_sdk.eviction import LRU, Policy
 from lmcache_sdk.keys import Chain, Origin
 
-
 _VERIFY = -1  # in place of a tier's number: the pool itself has the chunk, unchecked
 
 
@@ -136,9 +135,10 @@ class Core:
             request.entries.append(None)
         if count:
             request.tier, request.lacking = 0, tier
+            self._walk(request, now)
         else:
             request.tier = tier + 1
-        self._walk(request, now)
+            self._ask(request, now)
 
     def hurry(self, rid: str, now: float) -> None:
         """The asker waits no longer: answer with the part of the prefix that is in the pool already."""
@@ -407,7 +407,7 @@ class Core:
         return len(chain) == request.length and chain.digests(walked) == request.chain.digests(walked)
 
     def _walk(self, request: Request, now: float) -> None:
-        """Extend the prefix through the pool; where it ends there, ask the tiers in turn; then start the loads."""
+        """Extend the prefix through the pool; where it ends there, ask the tiers."""
         entries, chain, index = request.entries, request.chain, request.space.entries
         before, step, found = len(entries), 2, True
         reserved = EntryState.RESERVED
@@ -422,13 +422,17 @@ class Core:
             step *= 4
         if len(entries) > before:
             request.tier, request.lacking = 0, -1
-        if len(entries) < request.length and request.prefetch:
+        self._ask(request, now)
+
+    def _ask(self, request: Request, now: float) -> None:
+        """Ask the next tier what it has from here on; if none is left, start the loads."""
+        if len(request.entries) < request.length and request.prefetch:
             for tier in range(request.tier, len(self.tiers)):
                 if tier == request.lacking:
                     continue
                 if self.tiers[tier].breaker.allows(now):
                     request.tier = tier
-                    self.actions.append(Probe(request, tier, len(entries)))
+                    self.actions.append(Probe(request, tier, len(request.entries)))
                     return
                 request.why = f"{self.tier_names[tier]} paused after failures"
         self._load(request, now)

@@ -6,6 +6,7 @@ in them. ``mapping`` is how daemon and clients map such files.
 
 from __future__ import annotations
 
+from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -38,6 +39,10 @@ class Pool(Protocol):
 
     @property
     def journal(self) -> Journal | None: ...
+
+    def prefault(self, stop: Event) -> None:
+        """Have the kernel provide all of it, until told to stop."""
+        ...
 
     def record(self, address: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of an extent: header and payload."""

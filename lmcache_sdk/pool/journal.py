@@ -11,8 +11,8 @@ values are the machine's own::
     1118208  slots, 16 bytes each: one for each extent
 
 A slot is two words: the extent's address / 64; and, from the lowest bit, check (12), leases (22), state (2), size / 64
-(28). The second word is 0 in a free slot, and decides. The check is the sum of all else, modulo 4093: no flip of one bit
-leaves it as it was.
+(28). The second word is 0 in a free slot, and decides. The check is the sum of all else, modulo 4093: no flip of one
+bit leaves it as it was.
 """
 
 from __future__ import annotations

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
 
 from lmcache_sdk.core.extents import offset_of, segment_of
+from lmcache_sdk.pool.mapping import prefault
 
 _HUGE_PAGE = 2 << 20
 
 
 class PrivatePool:
-    """Anonymous memory, mapped at once and touched as it is used.
+    """Anonymous memory, mapped at once. ``prefault`` has the kernel provide it ahead of its use.
 
     Args:
         sizes: bytes of each segment, see :func:`lmcache_sdk.pool.segment_sizes`.
@@ -38,6 +40,11 @@ class PrivatePool:
             self._maps.append(mapping)
             self.segments.append(np.frombuffer(mapping, dtype=np.uint8))
             self._views.append(memoryview(mapping))
+
+    def prefault(self, stop: Event) -> None:
+        """Touch all of it, in the background: the first load would otherwise wait for the kernel to clear pages."""
+        for segment in self.segments:
+            prefault(segment, stop)
 
     def record(self, address: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of an extent: header and payload."""

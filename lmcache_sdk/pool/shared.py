@@ -119,23 +119,22 @@ class SharedPool:
         home = _Home.claim(directory)
         try:
             try:
+                home.sign()
                 if home.has_control():
                     home.check_geometry(geometry)
                     return cls(home, geometry, create=False)
             except ControlBroken as error:
                 _log.warning("the pool in %s is damaged, starting with an empty one: %s", directory, error)
             home.wipe()  # also what a daemon has left that was killed before its pool was complete
-            try:
-                return cls(home, geometry, create=True)
-            except BaseException as error:
-                home.remove()
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise _full(directory, pool_bytes) from None
-                raise
+            return cls(home, geometry, create=True)
         except BaseException as error:
+            if not home.has_control():  # nor anything that could be used
+                home.remove()
             home.release()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full(directory, pool_bytes) from None
             if isinstance(error, OSError) and not isinstance(error, BackendUnavailable):
-                raise BackendUnavailable(f"cannot use {directory} ({error.strerror})") from error
+                raise BackendUnavailable(f"cannot use {directory} for the pool ({error.strerror})") from error
             raise
 
     @staticmethod
@@ -245,9 +244,16 @@ class _Home:
         try:
             _check_directory(path, directory)
             return cls(path, directory, _lock(path, directory))
-        except BaseException:
+        except BaseException as error:
             os.close(directory)
+            if isinstance(error, OSError) and not isinstance(error, BackendUnavailable):
+                raise BackendUnavailable(f"cannot use {path} for the pool ({error.strerror})") from error
             raise
+
+    def sign(self) -> None:
+        """Say in the lock whose it is. Overwritten in place: it is never without its text."""
+        text = _LOCK_TEXT + str(os.getpid()).encode()
+        os.pwrite(self._lock, text.ljust(_LOCK_BYTES), 0)
 
     def open(self, name: str, flags: int) -> int:
         return os.open(name, flags | _NO_TRICKS, 0o600, dir_fd=self._directory)
@@ -315,12 +321,10 @@ def _check_directory(path: Path, directory: int) -> None:
         raise ConfigError(f"{path} belongs to user {status.st_uid}; choose another directory for the pool")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"others may write to {path}; chmod it to 700, or choose another directory for the pool")
-    ours = _entries(directory)
-    foreign = sorted(name for name in ours if not ours[name])
-    if ours and "LOCK" not in ours:
-        foreign = sorted(ours)  # a lock comes first and goes last
-    elif "LOCK" in ours and not foreign and not _is_our_lock(directory):
-        foreign = ["LOCK"]
+    entries = _entries(directory)
+    foreign = sorted(name for name, possible in entries.items() if not possible)
+    if entries and not foreign and not _has_our_lock(directory):
+        foreign = sorted(entries)
     if foreign:
         raise BackendFormatError(
             f"{path} is not empty and no pool ({foreign[0]!r} is in it); choose a directory of its own for the pool"
@@ -329,37 +333,31 @@ def _check_directory(path: Path, directory: int) -> None:
         _log.warning("%s is not on tmpfs: the pool will be written to a disk; choose a directory in /dev/shm", path)
 
 
-def _is_our_lock(directory: int) -> bool:
-    lock = os.open("LOCK", os.O_RDONLY | _NO_TRICKS, dir_fd=directory)
+def _has_our_lock(directory: int) -> bool:
+    """The lock comes first and goes last: without it, whatever is there is somebody else's."""
     try:
-        return os.pread(lock, _LOCK_BYTES, 0).startswith((_LOCK_TEXT, b"\0")) or not os.fstat(lock).st_size
+        lock = os.open("LOCK", os.O_RDONLY | _NO_TRICKS, dir_fd=directory)
+    except FileNotFoundError:
+        return False
+    try:
+        text = os.pread(lock, _LOCK_BYTES, 0)
+        return not text or text.startswith(_LOCK_TEXT)
     finally:
         os.close(lock)
 
 
 def _lock(path: Path, directory: int) -> int:
+    lock = os.open("LOCK", os.O_RDWR | os.O_CREAT | _NO_TRICKS, 0o600, dir_fd=directory)
     try:
-        lock = os.open("LOCK", os.O_RDWR | os.O_CREAT | _NO_TRICKS, 0o600, dir_fd=directory)
-    except OSError as error:
-        raise BackendUnavailable(f"cannot use {path} for the pool ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, _LOCK_BYTES, 0).removeprefix(_LOCK_TEXT).strip().decode(errors="replace")
-            raise BackendLocked(
-                f"the pool in {path} is open in process {holder or 'unknown'}; stop that daemon, or use it"
-            ) from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(lock).st_nlink:
             raise BackendUnavailable(f"the pool in {path} has just been removed; try again")
-        os.pwrite(lock, _LOCK_TEXT + str(os.getpid()).encode().ljust(_LOCK_BYTES - len(_LOCK_TEXT)), 0)
-    except OSError as error:
+    except BlockingIOError:
+        holder = os.pread(lock, _LOCK_BYTES, 0).removeprefix(_LOCK_TEXT).strip().decode(errors="replace")
         os.close(lock)
-        if error.errno == errno.ENOSPC:
-            raise _full(path, 0) from None
-        if isinstance(error, BackendUnavailable):
-            raise
-        raise BackendUnavailable(f"cannot lock {path} ({error.strerror})") from error
+        raise BackendLocked(
+            f"the pool in {path} is open in process {holder or 'unknown'}; stop that daemon, or use it"
+        ) from None
     except BaseException:
         os.close(lock)
         raise

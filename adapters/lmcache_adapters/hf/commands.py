@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from lmcache_sdk.config import Config, cache_home, default_url, load_config
 from lmcache_sdk.errors import ConfigError
+from lmcache_sdk.observe.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from lmcache_adapters.hf.chat import Chat
@@ -71,7 +73,7 @@ def run(
     model: ModelOption,
     cache: Annotated[
         str | None,
-        typer.Option(help="URL of the cache; by default a store of 10 GiB in the user's cache folder."),
+        typer.Option(help="URL of the cache; by default the configured one, else a store in the user's cache folder."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
@@ -86,9 +88,19 @@ def run(
     _need_engine()
     from lmcache_adapters.hf import Chat, Runner, Sampling
 
+    config = load_config()
+    log_to_stderr(config.log_level)
     sampling = Sampling(temperature)
     typer.echo(f"Loading {model} …", err=True)
-    with Runner(model, cache or _default_cache(), device=device, dtype=dtype) as runner:
+    with Runner(
+        model,
+        cache or _configured_cache(config),
+        device=device,
+        dtype=dtype,
+        chunk_tokens=config.chunk_tokens,
+        pool_bytes=config.pool_bytes,
+        timeout_s=config.wait_s,
+    ) as runner:
         typer.echo("/new starts over, /quit ends.", err=True)
         chat = Chat(runner, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
         turns = 0
@@ -154,9 +166,11 @@ def _store(url: str | None) -> Iterator[str]:
         yield f"lmdb://{folder}/store?size={STORE_SIZE}"
 
 
-def _default_cache() -> str:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return f"lmdb://{caches}/lmcache-sdk/store?size=10GiB"
+def _configured_cache(config: Config) -> str:
+    """The configured cache, else this user's store, whose folder is made where it is missing."""
+    if not config.url:
+        cache_home().mkdir(parents=True, exist_ok=True)
+    return config.url or default_url()
 
 
 def _show(report: Report) -> None:

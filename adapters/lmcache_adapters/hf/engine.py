@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any
 
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
+from lmcache_sdk.observe.logs import log_to_stderr
 
 # Idle OpenMP threads that spin take the cores from those that work. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk-tokens", type=int)
     parser.add_argument("--context-tokens", type=int, help="longest prompt and reply together")
     options = parser.parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    log_to_stderr()
     output = _take_stdout()
 
     def answer(fields: Answer) -> None:
