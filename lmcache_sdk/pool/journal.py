@@ -129,7 +129,8 @@ class Journal:
 
     Attributes:
         generation: this life of the pool; never 0.
-        recovered: what an earlier life has left, ascending: inside the segments and without overlaps.
+        recovered: what an earlier life has left, ascending: inside the segments and without overlaps. It may be many;
+            who has taken them over may clear the list.
         earlier_clients: who had not left by then. They stay listed until :meth:`client_left`.
         recovered_spaces: what was saved, oldest first.
 
@@ -294,7 +295,7 @@ class Journal:
         nbytes = (units << np.uint64(_UNIT_BITS)).tolist()
         states = [ExtentState.BUSY if value == _BUSY else ExtentState.SEALED for value in state.tolist()]
         leases = (body & np.uint64(_MOST_LEASES)).tolist()
-        return list(map(Recovered, addresses, nbytes, states, leases))
+        return list(map(Recovered._make, zip(addresses, nbytes, states, leases, strict=True)))
 
     def _read_clients(self) -> list[RecoveredClient]:
         """All clients, if all are sound: whose process is not known may write for ever."""

@@ -123,8 +123,8 @@ def prefault(segment: npt.NDArray[np.uint8], stop: Event | None = None) -> bool:
         if stop is not None and stop.is_set():
             return False
         nbytes = min(_SLICE_BYTES, len(segment) - start)
-        # Huge pages first: they are cleared and entered in one go. Small ones would be cleared and then copied, at
-        # less than half the speed. Where one slice finds no huge pages the next may; EINVAL = this kernel has none.
+        # Huge pages first: they are filled and entered in one go, small ones would be entered only to be replaced.
+        # Where one slice finds no huge pages the next may; EINVAL = this kernel has none.
         if collapse:
             collapse = _advise(segment, start, nbytes, _MADV_COLLAPSE) != errno.EINVAL
         if populate:
