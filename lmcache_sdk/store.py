@@ -11,11 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
+from lmcache_sdk.adoption import Described, adopt, described, end_earlier_life, room_of, write_journal
 from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
 from lmcache_sdk.backend import Backend, Item, Miss, Scan, Usage
 from lmcache_sdk.codecs import Codec, RawCodec, codec_by_name
@@ -35,13 +36,16 @@ from lmcache_sdk.core import (
     Resolved,
     Space,
     StartJob,
+    Stored,
 )
 from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, RecordError, UnsupportedError
+from lmcache_sdk.eviction import Policy
 from lmcache_sdk.keys import Chain, Origin, manifest_key
+from lmcache_sdk.observe.events import EventLog
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
-from lmcache_sdk.pool import PrivatePool, extent_bytes, segment_sizes
+from lmcache_sdk.pool import Pool, PrivatePool, extent_bytes, segment_sizes
 from lmcache_sdk.records import (
     HEADER_BYTES,
     Header,
@@ -52,6 +56,9 @@ from lmcache_sdk.records import (
     write_header,
 )
 from lmcache_sdk.spec import Namespace, Producer
+
+if TYPE_CHECKING:
+    from lmcache_sdk.pool.journal import Journal, Recovered
 
 _log = logger("store")
 _T = TypeVar("_T")
@@ -147,33 +154,51 @@ class Store:
 
     Args:
         tiers: fastest first. They are closed with the store.
-        pool_bytes: host memory for chunks.
+        pool: memory for chunks; it stays the caller's, who closes it after the store. What an earlier life left in it
+            is adopted.
+        pool_bytes: without a pool: the size of a private one.
         limits: deadlines and bounds.
+        policy: what to evict first; least recently used by default.
+
+    Attributes:
+        boot: this life of the store.
+        on_change: called, from any thread, whenever a lookup may have been answered or a write has ended.
 
     Raises:
         ConfigError: two tiers of one name, or a pool too small.
         UnsupportedError: a lossy codec.
     """
 
-    def __init__(self, tiers: Sequence[Tier] = (), *, pool_bytes: int = 1 << 30, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier] = (),
+        *,
+        pool: Pool | None = None,
+        pool_bytes: int = 1 << 30,
+        limits: Limits | None = None,
+        policy: Policy[Entry] | None = None,
+    ) -> None:
         if len({tier.name for tier in tiers}) != len(tiers):
             raise ConfigError(f"tiers need different names, got {', '.join(tier.name for tier in tiers)}")
         for tier in tiers:
             if not tier.codec.lossless:
                 raise UnsupportedError(f"codec {tier.codec.name!r} is lossy, which is not served yet")
-        sizes = segment_sizes(pool_bytes)
-        self.pool = PrivatePool(sizes)
+        self.pool: Pool = pool if pool is not None else PrivatePool(segment_sizes(pool_bytes))
+        self.on_change: Callable[[], None] = lambda: None
+        self.events = EventLog()
         self.metrics = Metrics()
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
         self._tier_names = [tier.name for tier in tiers]
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
         self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("none", "pool", *self._tier_names)}
+        self._journal = self.pool.journal
         self._core = Core(
-            Extents(sizes),
+            Extents(self.pool.sizes),
             [(tier.name, tier.backend.instant) for tier in tiers],
             limits=limits,
-            seal=bool(tiers),
+            policy=policy,
+            seal=bool(tiers) or self._journal is not None,
         )
         self._spaces: dict[Space, OpenSpace] = {}
         self._lock = threading.Lock()
@@ -192,6 +217,9 @@ class Store:
             target=self.pool.prefault, args=(self._stop,), name="lmcache-prefault", daemon=True
         )
         self._prefault.start()
+        self._recovered: list[Recovered] = []
+        if self._journal is not None:
+            self._adopt(self._journal)
 
     # For adapters, through a Cache
 
@@ -214,6 +242,8 @@ class Store:
             opened = self._spaces.get(space)
             if opened is None:
                 opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+            if self._journal is not None:
+                self._journal.save_space(msgspec.json.encode(Described(namespace, producer)))
         self._write_manifests(opened)
         return opened
 
@@ -382,6 +412,60 @@ class Store:
             except BackendError as error:
                 _log.warning("closing %s: %s", tier.name, error)
 
+    # For a daemon
+
+    def drained(self) -> bool:
+        """Whether all that was published has reached the tiers."""
+        with self._lock:
+            return not self._tasks and all(job.kind is JobKind.FETCH for job in self._core.jobs.values())
+
+    def found(self, rid: str) -> tuple[Lookup, int]:
+        """The state of a request's lookup, without waiting; and how many chunks from the front were found, loaded or
+        not (all of them while a tier is still being asked).
+        """
+        with self._lock:
+            request = self._core.requests.get(rid)
+        if request is None:
+            return Lookup(LookupState.MISS, why="no such request"), 0
+        walked = request.length if request.state is RequestState.WALKING else len(request.entries)
+        return self._answer(request), walked
+
+    def hurry(self, rid: str) -> None:
+        """Answer a pending lookup with what is in the pool already."""
+        self._event(lambda: self._core.hurry(rid, time.monotonic()))
+
+    def release_parts(self, lease: int) -> None:
+        """Give back all parts of a lease: its holder is gone."""
+        self._event(lambda: self._core.release_all(lease))
+
+    def abort_lease(self, lease: int) -> None:
+        """Give back a reservation: its holder is gone."""
+        self._event(lambda: self._core.abort(lease))
+
+    def end_earlier_life(self) -> None:
+        """No client of an earlier life of the pool reads or writes it any more."""
+        journal, recovered = self._journal, self._recovered
+        if journal is not None and recovered:
+            self._recovered = []
+            self._event(lambda: end_earlier_life(self._core, journal, recovered))
+
+    def _adopt(self, journal: Journal) -> None:
+        """Take over what an earlier life left; nobody else uses the store yet."""
+        rooms = {}
+        for namespace, producer in ((d.namespace, d.producer) for d in described(journal.recovered_spaces)):
+            try:
+                opened = self.open_space(namespace, producer)
+            except (ConfigError, UnsupportedError) as error:
+                _log.warning("not adopted: chunks of %s: %s", namespace.label or namespace.id, error)
+                continue
+            rooms[opened.space.origin] = room_of(opened.space, namespace)
+        self._recovered, journal.recovered = journal.recovered, []
+        self._core.extents.most = journal.capacity
+        count = adopt(self._core, self.pool, self._recovered, rooms)
+        self._core.extents.log = []
+        if self._recovered:
+            _log.info("adopted %d chunks from an earlier life of the pool", count)
+
     def check_integrity(self) -> None:
         with self._lock:
             self._core.check_integrity()
@@ -393,6 +477,8 @@ class Store:
         with self._lock:
             answer = call()
             core = self._core
+            if core.extents.log and self._journal is not None:
+                write_journal(self._journal, core.extents.log)
             actions, core.actions = core.actions, []
             if actions:
                 self._changed.notify_all()
@@ -400,6 +486,8 @@ class Store:
                 self._busy.set()
         for action in actions:
             self._carry_out(action)
+        if actions:
+            self.on_change()
         return answer
 
     def _carry_out(self, action: Action) -> None:
@@ -407,6 +495,8 @@ class Store:
             case StartJob(job):
                 if job.kind is JobKind.SEAL:
                     self._sealer.submit(lambda: self._run(job, self._seal))
+                elif job.kind is JobKind.VERIFY:
+                    self._sealer.submit(lambda: self._run(job, self._verify))
                 elif job.kind is JobKind.FETCH:
                     self._readers[job.tier].submit(lambda: self._run(job, self._fetch))
                 else:
@@ -418,8 +508,12 @@ class Store:
                     self._readers[action.tier].submit(lambda: self._probe(action))
             case Resolved(request):
                 self._count(request)
-            case Removed(_, _, reason):
+            case Stored(origin, digest, parent):
+                self.metrics.chunks.labels("stored").inc()
+                self.events.add(stored=True, namespace=origin.namespace, digest=digest, parent=parent or b"")
+            case Removed(origin, digest, reason):
                 self.metrics.chunks.labels(f"removed_{reason}").inc()
+                self.events.add(stored=False, namespace=origin.namespace, digest=digest, reason=reason)
             case DeleteRecords(origin, digests):
                 self._delete_records(origin, digests)
 
@@ -437,6 +531,7 @@ class Store:
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
         with self._lock:
             self._changed.notify_all()
+        self.on_change()
 
     def _tier_error(self, tier: int, error: Exception) -> None:
         name = self.tiers[tier].name if tier >= 0 else "pool"
@@ -517,6 +612,24 @@ class Store:
         except (ConfigError, ValueError) as error:
             raise RecordError("codec", f"cannot decode {header.codec!r}: {error}") from error
         self._write_header(opened, entry, cell, record)
+
+    def _verify(self, job: Job) -> list[bool]:
+        """Check chunks that an earlier life left in the pool."""
+        opened = self._spaces[job.entries[0].space]
+        good = []
+        for entry in job.entries:
+            try:
+                for cell in range(len(entry.extents)):
+                    key, nbytes = opened.record_key(entry.digest, cell), opened.payload_bytes[cell]
+                    header = check_record(self._record(entry, cell, opened), key, nbytes)
+                    if header.codec != RawCodec.name:
+                        raise RecordError("codec", f"{header.codec!r} in the pool")
+                good.append(True)
+            except RecordError as error:
+                _log.warning("pool: broken record %s: %s", entry.digest.hex(), error)
+                self.metrics.record_failures.labels("pool", error.reason).inc()
+                good.append(False)
+        return good
 
     def _seal(self, job: Job) -> list[bool]:
         """Take the checksums: fill the room in front of every payload with its header."""
@@ -600,6 +713,7 @@ class Store:
                 with self._lock:
                     self._tasks -= 1
                     self._changed.notify_all()
+                self.on_change()
 
         with self._lock:
             self._tasks += 1

@@ -187,6 +187,12 @@ class Core:
                 self._note(entry, Note.RELEASED)
                 self._drop(entry)
 
+    def release_all(self, lease: int) -> None:
+        """Whoever held this lease is gone, all parts of it."""
+        held = self.leases.get(lease)
+        for part in list(held.parts) if held is not None else ():
+            self.release(lease, part)
+
     def forget(self, rid: str) -> None:
         request = self.requests.get(rid)
         if request is not None:

@@ -15,6 +15,7 @@ import msgspec
 from lmcache_sdk.api import Reservation, Stats, Ticket
 from lmcache_sdk.errors import BackendFormatError, BackendUnavailable, LMCacheSDKError
 from lmcache_sdk.keys import DIGEST_BYTES
+from lmcache_sdk.observe.events import Event
 from lmcache_sdk.spec import Namespace, Producer
 
 PROTOCOL_VERSION = 1
@@ -214,17 +215,6 @@ class Figures(Message, frozen=True):
     boot: str
     stats: Stats
     details: dict[str, msgspec.Raw]
-
-
-class Event(msgspec.Struct, frozen=True, array_like=True):
-    """One chunk became readable or went away. Never tokens."""
-
-    sequence: int
-    stored: bool
-    namespace: str
-    digest: bytes
-    parent: bytes
-    reason: str = ""
 
 
 class Events(Message, frozen=True):

@@ -168,6 +168,11 @@ class Journal:
         self._bytes.release()
         self._map.close()
 
+    @property
+    def capacity(self) -> int:
+        """How many extents can be listed."""
+        return self._slots
+
     # Extents
 
     def allocated(self, address: int, nbytes: int) -> bool:
