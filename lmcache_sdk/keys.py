@@ -109,6 +109,7 @@ class Chain:
             raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         self.chunk_tokens = chunk_tokens
         self.tenant = tenant
+        self.salted = cache_salt is not None
         self._tokens = as_tokens(tokens)
         self._overlays = tuple(sorted(overlays))
         for overlay in self._overlays:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmcache_sdk.api import Bytes, Chain, Lookup, Part, Reservation, Stats, Ticket
-from lmcache_sdk.backend import open_backend
+from lmcache_sdk.backend import Url, open_backend
+from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.spec import WHOLE, Namespace, Producer
 from lmcache_sdk.store import Limits, Store, Tier
+
+DAEMON_SCHEME = "unix"
 
 
 class LocalCache:
@@ -96,12 +100,13 @@ def open_cache(
     producer: Producer,
     pool_bytes: int = 1 << 30,
     limits: Limits | None = None,
-) -> LocalCache:
-    """A cache over the store that a URL names (several: tiers, fastest first), with a pool in this process.
+) -> LocalCache | DaemonCache:
+    """The cache that a URL names: a daemon (``unix:///path/of/socket``), or a store with a pool in this process.
 
     Args:
-        url: ``lmdb:///var/lib/kv?size=50GiB``, ``memory://`` …
-        pool_bytes: host memory for chunks.
+        url: ``unix:///run/user/1000/lmcache-sdk.sock``, ``lmdb:///var/lib/kv?size=50GiB``, ``memory://`` …; several
+            stores are tiers, fastest first.
+        pool_bytes, limits: of a pool in this process.
 
     Raises:
         ConfigError: unknown scheme, bad parameter, a pool too small for one chunk.
@@ -111,6 +116,11 @@ def open_cache(
     if not urls:
         raise ConfigError("no cache URL was given; expected something like lmdb:///var/lib/kv?size=50GiB")
     namespace.spec.validate()
+    daemons = [text for text in urls if text.startswith(f"{DAEMON_SCHEME}://")]
+    if daemons:
+        if len(urls) > 1:
+            raise ConfigError(f"{daemons[0]!r} is a daemon, which has tiers of its own; give it alone")
+        return DaemonCache(_socket_path(daemons[0]), namespace, producer)
     tiers: list[Tier] = []
     try:
         for text in urls:  # one by one: those that did open are closed if a later one does not
@@ -121,3 +131,11 @@ def open_cache(
         for tier in tiers:
             tier.backend.close(1.0)
         raise
+
+
+def _socket_path(url: str) -> Path:
+    parsed = Url(url)
+    parsed.finish()
+    if parsed.host or len(parsed.path) < 2:
+        raise ConfigError(f"{url!r} has no absolute path; write unix:///path/of/socket with three slashes")
+    return Path(parsed.path)

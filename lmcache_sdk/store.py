@@ -434,6 +434,44 @@ class Store:
         """Answer a pending lookup with what is in the pool already."""
         self._event(lambda: self._core.hurry(rid, time.monotonic()))
 
+    def digests_of(self, rid: str) -> list[bytes]:
+        """The digests that a request's lookup was given."""
+        with self._lock:
+            request = self._core.requests.get(rid)
+        return request.chain.digests() if request is not None else []
+
+    def release_part(self, lease: int, part: int) -> bool:
+        """Give one part of a lease back; True if that was the last."""
+
+        def release() -> bool:
+            self._core.release(lease, part)
+            return lease not in self._core.leases
+
+        return self._event(release)
+
+    def publish_lease(self, lease: int, chunks: Sequence[int] | None) -> None:
+        """See ``publish``."""
+        self._event(lambda: self._core.publish(lease, chunks, time.monotonic()))
+
+    def describe_spaces(self) -> list[dict[str, str | int]]:
+        """What is open, for people."""
+        with self._lock:
+            return [
+                {
+                    "namespace": opened.namespace.id,
+                    "model": opened.namespace.label,
+                    "producer": opened.producer.name,
+                    "chunks": len(opened.space.entries),
+                    "chunk_bytes": opened.space.chunk_bytes,
+                }
+                for opened in self._spaces.values()
+            ]
+
+    def tenant_bytes(self) -> dict[str, int]:
+        """Bytes in the pool by tenant."""
+        with self._lock:
+            return dict(self._core.usage)
+
     def release_parts(self, lease: int) -> None:
         """Give back all parts of a lease: its holder is gone."""
         self._event(lambda: self._core.release_all(lease))

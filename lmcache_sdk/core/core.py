@@ -88,6 +88,7 @@ class Core:
         self.jobs: dict[int, Job] = {}
         self.pins: list[tuple[float, Entry]] = []
         self.counters: Counter[str] = Counter()
+        self.usage: Counter[str] = Counter()  # tenant -> bytes
         self._earlier_entries: list[Entry] = []  # an earlier life's clients may still read or write these
         self._earlier_extents: list[int] = []
         self._seal = seal
@@ -328,6 +329,7 @@ class Core:
         """
         entry = self._add(space, digest, "", first_position, EntryState.ADOPTED)
         entry.extents = list(extents)
+        self.usage[""] += sum(self.extents.size_of(address) for address in extents)
         entry.written = space.all_cells
         entry.sealed = True
         if leased:
@@ -666,19 +668,20 @@ class Core:
             self._free(entry)
 
     def _free(self, entry: Entry) -> None:
-        for cell, address in enumerate(entry.extents):
-            if address is not None:
-                self.extents.free(address)
-                entry.extents[cell] = None
+        for cell in range(len(entry.extents)):
+            self._free_cell(entry, cell)
+
+    def _free_cell(self, entry: Entry, cell: int) -> None:
+        address, entry.extents[cell] = entry.extents[cell], None
+        if address is not None:
+            self.usage[entry.tenant] -= self.extents.size_of(address)
+            self.extents.free(address)
 
     def _unwrite(self, entry: Entry, cells: Sequence[int]) -> None:
         """Reserved cells were not written."""
         if entry.state is not EntryState.DEAD:
             for cell in cells:
-                address = entry.extents[cell]
-                if address is not None:
-                    self.extents.free(address)
-                    entry.extents[cell] = None
+                self._free_cell(entry, cell)
             if all(address is None for address in entry.extents):
                 self._remove(entry, "aborted")
         self._drop(entry)
@@ -690,12 +693,10 @@ class Core:
             address = self._room(entry.space.cell_bytes[cell])
             if address is None:
                 for earlier in done:
-                    given = entry.extents[earlier]
-                    assert given is not None
-                    self.extents.free(given)
-                    entry.extents[earlier] = None
+                    self._free_cell(entry, earlier)
                 return False
             entry.extents[cell] = address
+            self.usage[entry.tenant] += self.extents.size_of(address)
             done.append(cell)
         return True
 
@@ -757,6 +758,10 @@ class Core:
         quarantined += sum(self.extents.size_of(address) for address in self._earlier_extents)
         assert len(addresses) == len(set(addresses)) == self.extents.allocated
         assert quarantined == self.extents.quarantined_bytes
+        usage: Counter[str] = Counter()
+        for entry in everything:
+            usage[entry.tenant] += sum(self.extents.size_of(a) for a in entry.extents if a is not None)
+        assert +usage == +self.usage
         for tier, state in enumerate(self.tiers):
             queued = [job for job in self.jobs.values() if job.kind is JobKind.PUT and job.tier == tier]
             assert state.queued_bytes == sum(e.space.chunk_bytes for job in queued for e in job.entries)

@@ -49,16 +49,16 @@ class Lookup(Message, frozen=True):
     """Find the longest prefix. ``digests`` are those from chunk ``start`` on; earlier ones were sent before.
 
     Attributes:
-        more: the request has further chunks, so that an answer may only say how far these were found.
+        salted: a cache salt is in the seed.
     """
 
     rid: str
     start: int
     digests: bytes
     tenant: str = ""
+    salted: bool = False
     positions_known: bool = True
     prefetch: bool = True
-    more: bool = False
 
 
 class Wait(Message, frozen=True):
@@ -98,6 +98,7 @@ class Reserve(Message, frozen=True):
     cells: tuple[int, ...]
     parent: bytes = b""
     tenant: str = ""
+    salted: bool = False
     positions_known: bool = True
 
 
@@ -295,23 +296,26 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
-        """The bodies of the frames that are complete now. Raises ProtocolError for a length over the limit."""
+    def add(self, data: bytes) -> None:
+        """Take in what was received. Raises ProtocolError if a peer sends more than one frame ahead."""
+        self._buffer += data
+        if len(self._buffer) > 2 * (LENGTH.size + FRAME_LIMIT):
+            raise ProtocolError("too much was sent ahead")
+
+    def next(self) -> bytes | None:
+        """The body of the next frame, if it is complete. Raises ProtocolError for a length over the limit."""
         buffer = self._buffer
-        buffer += data
-        bodies, at = [], 0
-        while len(buffer) - at >= LENGTH.size:
-            length = LENGTH.unpack_from(buffer, at)[0]
-            if length > FRAME_LIMIT:
-                raise ProtocolError(f"a frame of {length} bytes is over the limit of {FRAME_LIMIT}")
-            end = at + LENGTH.size + length
-            if len(buffer) < end:
-                break
-            bodies.append(bytes(buffer[at + LENGTH.size : end]))
-            at = end
-        if at:
-            del buffer[:at]
-        return bodies
+        if len(buffer) < LENGTH.size:
+            return None
+        length = LENGTH.unpack_from(buffer)[0]
+        if length > FRAME_LIMIT:
+            raise ProtocolError(f"a frame of {length} bytes is over the limit of {FRAME_LIMIT}")
+        end = LENGTH.size + length
+        if len(buffer) < end:
+            return None
+        body = bytes(memoryview(buffer)[LENGTH.size : end])
+        del buffer[:end]
+        return body
 
 
 def cut_digests(blob: bytes) -> list[bytes]:
