@@ -40,8 +40,8 @@ class Pool(Protocol):
     @property
     def journal(self) -> Journal | None: ...
 
-    def prefault(self, stop: Event) -> None:
-        """Have the kernel provide all of it, until told to stop."""
+    def prefault(self, stop: Event) -> bool:
+        """Have the kernel provide all of it; False if told to stop."""
         ...
 
     def record(self, address: int, nbytes: int) -> memoryview:

@@ -41,10 +41,9 @@ class PrivatePool:
             self.segments.append(np.frombuffer(mapping, dtype=np.uint8))
             self._views.append(memoryview(mapping))
 
-    def prefault(self, stop: Event) -> None:
+    def prefault(self, stop: Event) -> bool:
         """Touch all of it, in the background: the first load would otherwise wait for the kernel to clear pages."""
-        for segment in self.segments:
-            prefault(segment, stop)
+        return all(prefault(segment, stop) for segment in self.segments)
 
     def record(self, address: int, nbytes: int) -> memoryview:
         """The first ``nbytes`` of an extent: header and payload."""

@@ -186,6 +186,7 @@ def test_one_line_says_what_a_request_got(runner: Runner, caplog: pytest.LogCapt
     ids = some_ids(200)
     runner.generate(ids, max_new_tokens=2)
     assert runner.drain()
+    caplog.clear()
     with caplog.at_level(logging.INFO, "lmcache_sdk.hf"):
         runner.generate(ids, max_new_tokens=2)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "lmcache_sdk.hf"]
