@@ -252,8 +252,10 @@ class CPUKernels:
         for mem, ids, part in _copies(chosen, heads, plan, chunk):
             if ids is None:
                 np.copyto(mem, part)
-            else:
+            elif _outside(mem, ids) and _outside(mem, part):
                 mem.put(ids, part, mode="clip")
+            else:
+                mem[ids] = part  # see _outside
 
     def pin(self, buffer: Bytes) -> Pinned:
         """Never pinned, and never needed."""
@@ -326,6 +328,17 @@ def _copies(
             for at, part in zip(offsets.tolist(), rows[first:end].view(kind), strict=True):
                 copies.append((span[at : at + table.reach].view(kind), ids, part))
     return copies
+
+
+def _outside(mem: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    """Whether an array lies outside of the range from a span's first byte to its last.
+
+    A span may begin in one allocation and end in another, with anything between them, this process's own objects
+    included. ``put`` with operands in that range would copy the whole span, and write all of it back at the end: old
+    bytes over whatever others have written meanwhile. Assignment by index never does; it is slower for small units.
+    """
+    start, end = mem.ctypes.data, mem.ctypes.data + mem.nbytes
+    return other.ctypes.data + other.nbytes <= start or other.ctypes.data >= end
 
 
 def _best(unit: int) -> int:

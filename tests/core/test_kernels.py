@@ -174,3 +174,38 @@ def test_an_installed_package_is_found_and_only_it_is_imported(tmp_path, monkeyp
     with pytest.raises(LayoutError, match="no_such_module_here"):
         kernels_for("broken")
     del sys.modules["fake_kernels"]
+
+
+@pytest.mark.parametrize("inside", ["chunk", "nothing"])
+def test_what_lies_between_planes_is_never_written(inside):
+    """Planes are seen as one span, and a process's other objects may lie within it: others write there meanwhile."""
+    row, tokens = 4096, 8
+    memory = np.zeros((3, 64, row), np.uint8)  # a plane, anything, a plane
+    planes = tuple(
+        Plane.of(memory[part], ("token", "dim"), group="full", layer=layer, role="latent", dtype="uint8")
+        for layer, part in enumerate((0, 2))
+    )
+    layout, kernels = KVLayout(planes), CPUKernels()
+    plan = kernels.plan(layout, np.arange(0, 2 * tokens, 2))
+    nbytes = 2 * tokens * row
+    chunk = memory[1, :16].reshape(-1)[:nbytes] if inside == "chunk" else np.zeros(nbytes, np.uint8)
+    chunk[:] = 7
+    witness = memory[1, 40, :8].view(np.int64)
+    stop, lost = threading.Event(), []
+
+    def write() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            witness[0] = count
+            if any(witness[0] != count for _ in range(100)):
+                lost.append(count)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(300):
+        kernels.scatter(layout.planes_of("full", (0, 1)), (0, 1), plan, chunk)
+    stop.set()
+    writer.join()
+    assert not lost, "an old byte was written back over a new one"
+    assert (memory[0, :16:2] == 7).all() and not memory[0, 1:16:2].any()
