@@ -180,7 +180,7 @@ def test_an_installed_package_is_found_and_only_it_is_imported(tmp_path, monkeyp
 def test_what_lies_between_planes_is_never_written(inside):
     """Planes are seen as one span, and a process's other objects may lie within it: others write there meanwhile."""
     row, tokens = 4096, 8
-    memory = np.zeros((3, 64, row), np.uint8)  # a plane, anything, a plane
+    memory = np.zeros((3, 2048, row), np.uint8)  # a plane, anything, a plane
     planes = tuple(
         Plane.of(memory[part], ("token", "dim"), group="full", layer=layer, role="latent", dtype="uint8")
         for layer, part in enumerate((0, 2))
@@ -203,7 +203,7 @@ def test_what_lies_between_planes_is_never_written(inside):
 
     writer = threading.Thread(target=write)
     writer.start()
-    for _ in range(300):
+    for _ in range(30):
         kernels.scatter(layout.planes_of("full", (0, 1)), (0, 1), plan, chunk)
     stop.set()
     writer.join()
