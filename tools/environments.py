@@ -182,7 +182,7 @@ def install_torch(folder: Path, file: str) -> None:
             say(
                 "NOTE: pip's index has no CPU build of torch under that name, so the default build is taken; "
                 "where that is a CUDA build it is several GB. PyTorch's own index has the CPU builds:\n"
-                "      PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+                "      PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's install page names>"
             )
     pip(folder, "install", *lines)
 
