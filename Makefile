@@ -7,9 +7,9 @@ NOX = $(TOOLS) nox
 
 # make test ENGINE=hf: that engine's suite only, beside those without an engine.
 ENGINES = hf
-SUITES = lint bare core $(or $(ENGINE),$(ENGINES))
+SUITES = lint bare core daemon $(or $(ENGINE),$(ENGINES))
 
-.PHONY: help demo test test-fast test-full lint bench nox clean
+.PHONY: help demo test test-fast test-full soak lint bench nox clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test-fast:  ## the suites without an engine, under two minutes
 test-full:  ## all suites with their slow tests, and the oldest dependencies
 	$(TOOLS) python tools/suites.py --full $(SUITES) oldest
 
+soak:  ## daemon and engines killed at random for minutes, all bytes compared (ARGS="--cycles 1000 --seed 7")
+	$(NOX) -s soak -- $(ARGS)
+
 lint:  ## format, style, types, floors
 	$(NOX) -s lint
 
@@ -36,5 +39,5 @@ nox:  ## any session with any arguments: make nox ARGS="-s core -- -k chain"
 	$(NOX) $(ARGS)
 
 clean:  ## what runs leave in the checkout (environments and the model stay in the cache)
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .nox dist demo.json bench.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .nox dist demo.json demo.png bench.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

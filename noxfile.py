@@ -18,7 +18,7 @@ import environments
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "bare", "core", "hf"]
+nox.options.sessions = ["lint", "bare", "core", "daemon", "hf"]
 
 TEST_VARIABLES = {
     # OpenMP threads that spin while they wait take the cores from each other on a small machine.
@@ -78,6 +78,18 @@ def bare(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """Everything that needs no engine and no torch."""
     run(session, "core", *PYTEST, "tests/core", *session.posargs, **TEST_VARIABLES)
+
+
+@nox.session
+def daemon(session: nox.Session) -> None:
+    """The daemon and engines as processes that are killed, stopped and lied to."""
+    run(session, "core", *PYTEST, "tests/daemon", *session.posargs, **TEST_VARIABLES)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Daemon and engines killed at random under load, for minutes; every load is compared with what was stored."""
+    run(session, "core", "python", "tests/daemon/soak.py", *session.posargs, **TEST_VARIABLES)
 
 
 @nox.session

@@ -62,12 +62,18 @@ class Lookup:
         boundaries: every restorable length, in chunks, ascending; empty unless READY.
         why: for a MISS or a shorter hit than hoped for, the reason in a word or two.
         sources: chunks by the tier they came from (``pool``, ``lmdb`` …).
+        found: while PENDING: chunks from the front that were found so far, here or on their way.
+        missing: those of them that are on their way.
+        eta_s: seconds until they will be here, as fast as their tiers have been so far; None = unknown.
     """
 
     state: LookupState
     boundaries: Sequence[int] = ()
     why: str = ""
     sources: Mapping[str, int] = field(default_factory=dict)
+    found: int = 0
+    missing: int = 0
+    eta_s: float | None = None
 
     @property
     def chunks(self) -> int:
@@ -170,12 +176,23 @@ class Cache(Protocol):
         """
         ...
 
-    def wait(self, rid: str, timeout_s: float) -> Lookup:
-        """Block until the request's lookup is no longer PENDING, or to the deadline (then what is there)."""
+    def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
+        """Block until the request's lookup is no longer PENDING, or to the deadline.
+
+        Args:
+            settle: at the deadline take the part that is there; False = leave it PENDING.
+        """
         ...
 
     def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
         """Lease chunks ``first .. boundary - 1`` of a READY lookup; None if it is not, or no longer, READY."""
+        ...
+
+    def take(self, ticket: Ticket, part: int = 0) -> bool:
+        """Before a process copies a part of a ticket that another process may have claimed; False: it must not.
+
+        From here on the part is this process's to release.
+        """
         ...
 
     def release(self, ticket: Ticket, part: int = 0) -> None:

@@ -100,6 +100,15 @@ class Scan(Protocol):
         ...
 
 
+@runtime_checkable
+class Touch(Protocol):
+    """Evicts by use, and can be told of a use that it does not see."""
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """Count these as just used, the last one last. Absent keys are no error."""
+        ...
+
+
 class UsageReport(NamedTuple):
     """``capacity_bytes`` is 0 where there is no bound; ``used_bytes`` is what counts against it."""
 
@@ -167,15 +176,20 @@ def open_backend(url: str) -> Backend:
         BackendError: the place cannot be opened.
     """
     parsed = Url(url)
-    found = list(entry_points(group=ENTRY_POINTS, name=parsed.scheme))
+    # What comes with this package is not replaced by installing another: ours sort first.
+    found = sorted(
+        entry_points(group=ENTRY_POINTS, name=parsed.scheme),
+        key=lambda point: not point.value.startswith("lmcache_backends."),
+    )
     if not found:
         raise ConfigError(f"unknown scheme {parsed.scheme!r} in {url!r}; installed are: {', '.join(schemes())}")
     try:
         backend_class = found[0].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
+        package = found[0].dist.name if found[0].dist else found[0].value
         raise ConfigError(
-            f"the backend for {parsed.scheme}:// needs a package that is not installed ({error}); "
-            f"try: pip install 'lmcache-sdk[{parsed.scheme}]'"
+            f"the backend for {parsed.scheme}://, of the package {package}, does not load: {error}; "
+            f"install what it needs, or remove it"
         ) from error
     backend: Backend = backend_class.from_url(parsed)
     return backend

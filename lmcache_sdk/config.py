@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -56,16 +58,61 @@ def default_url() -> str:
     return f"lmdb://{quote(str(cache_home() / 'store'))}"
 
 
+def default_socket() -> Path:
+    """Where this user's daemon listens: ``$XDG_RUNTIME_DIR/lmcache-sdk.sock``, or in a folder of this user in ``/tmp``.
+
+    Raises:
+        ConfigError: that folder is somebody else's, who could be the daemon then.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "lmcache-sdk.sock"
+    folder = Path("/tmp") / f"lmcache-sdk-{os.getuid()}"  # noqa: S108 - checked here, by who listens and who connects
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        pass
+    else:
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise ConfigError(
+                f"{folder} is not a folder of this user alone; remove it, or set XDG_RUNTIME_DIR or LMCACHE_SDK_SOCKET"
+            )
+    return folder / "lmcache-sdk.sock"
+
+
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tenant may have of a pool.
+
+    Attributes:
+        quota: bytes at most; 0 = no bound.
+        weight: of its share, a whole number.
+    """
+
+    quota: int = 0
+    weight: int = 1
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings.
 
     Attributes:
         url: where the cache is: a daemon or a store.
-        pool_bytes: host memory for chunks, where this process has a pool of its own.
+        pool_bytes: host memory for chunks: a daemon's, or this process's where it has a pool of its own.
         chunk_tokens: tokens in a chunk; all who share a store must agree on it.
         layers_per_cell, heads_per_cell: the cell grid, 0 = do not cut.
         wait_s: how long a request waits for chunks that only a tier has, before it computes them itself.
         log_level: of the ``lmcache_sdk`` loggers.
+        log_format: ``text`` for people, ``json`` for programs.
+        socket: where a daemon listens; by default :func:`default_socket`.
+        tiers: of a daemon: URLs of stores, fastest first.
+        group: of a daemon: the members of this group may use it too; by default only its own user.
+        require_salt: of a daemon: requests without a cache salt neither find nor store anything.
+        tenants: of a daemon: quota and weight by name; those of ``*`` are for all who are not named.
+        keep_pool: of a daemon: leave the pool for the next start.
+        metrics_port: of a daemon: where ``/metrics`` and ``/healthz`` are served; 0 = nowhere.
+        metrics_host: the address for it. Other than loopback only with a token and TLS.
+        metrics_token_file: a file with the token that must be sent as ``Authorization: Bearer TOKEN``.
+        metrics_cert, metrics_key: PEM files, for TLS.
     """
 
     url: str = ""
@@ -75,9 +122,28 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heads_per_cell: int = 0
     wait_s: float = 10.0
     log_level: str = "INFO"
+    log_format: str = "text"
+    socket: str = ""
+    tiers: tuple[str, ...] = ()
+    group: str = ""
+    require_salt: bool = False
+    tenants: dict[str, Tenant] = {}
+    keep_pool: bool = True
+    metrics_port: int = 0
+    metrics_host: str = "127.0.0.1"
+    metrics_token_file: str = ""
+    metrics_cert: str = ""
+    metrics_key: str = ""
 
 
-_SIZES = ("pool_bytes",)
+class Settled(NamedTuple):
+    """The effective configuration, where each setting came from (``default``, ``flag``, the variable or the file), and
+    what is wrong; settings that are wrong have their defaults.
+    """
+
+    config: Config
+    sources: dict[str, str]
+    problems: list[str]
 
 
 def load_config(
@@ -92,42 +158,142 @@ def load_config(
         file: a YAML mapping; also named by ``LMCACHE_SDK_CONFIG``.
 
     Raises:
-        ConfigError: an unknown name (with the nearest known one), a wrong value, or an unreadable file.
+        ConfigError: unknown names (with the nearest known one), wrong values, or an unreadable file.
     """
-    environment = os.environ if environment is None else environment
-    names = [field.name for field in msgspec.structs.fields(Config)]
-    settings: dict[str, Any] = {}
-    path = file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
-    if path:
-        settings.update(_read_yaml(Path(path), names))
-    for name in names:
-        value = environment.get(ENVIRONMENT_PREFIX + name.upper())
-        if value is not None:
-            settings[name] = value
-    for variable in environment:
-        _not_misspelt(variable, names)
-    for name, value in (flags or {}).items():
-        if value is not None:
-            _known(name, names, "flags")
-            settings[name] = value
-    for name in _SIZES:
-        if name in settings:
-            settings[name] = parse_size(settings[name])
-    try:
-        config = msgspec.convert(settings, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"bad setting: {error}") from error
-    if config.chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens must be at least 1, got {config.chunk_tokens}")
-    for name in ("layers_per_cell", "heads_per_cell", "wait_s"):
-        if not getattr(config, name) >= 0:  # nor is it a number if it is NaN
-            raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
-    if config.log_level.upper() not in (levels := logging.getLevelNamesMapping()):
-        raise ConfigError(f"log_level must be one of {', '.join(levels)}, got {config.log_level!r}")
+    config, _, problems = settle(flags, file=file, environment=environment)
+    if problems:
+        raise ConfigError("; ".join(problems))
     return config
 
 
-def _read_yaml(path: Path, names: list[str]) -> dict[str, Any]:
+def settle(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Settled:
+    """See :func:`load_config`; finds all that is wrong, and raises nothing."""
+    environment = os.environ if environment is None else environment
+    names = [field.name for field in msgspec.structs.fields(Config)]
+    problems: list[str] = []
+    given: dict[str, tuple[Any, str]] = {}  # name -> value, source
+
+    path = file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    if path:
+        try:
+            given.update({str(name): (value, str(path)) for name, value in _read_yaml(Path(path)).items()})
+        except ConfigError as error:
+            problems.append(str(error))
+    for name in names:
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if variable in environment:
+            given[name] = environment[variable], variable
+    problems += filter(None, (_misspelt(variable, names) for variable in environment))
+    given.update({name: (value, "flag") for name, value in (flags or {}).items() if value is not None})
+
+    settings: dict[str, Any] = {}
+    for name, (value, source) in given.items():
+        try:
+            if name not in names:
+                raise ConfigError(_unknown(name, names, "flags" if source == "flag" else source))
+            settings[name] = _converted(name, value, source)
+        except ConfigError as error:
+            problems.append(str(error))
+    config = Config(**settings)
+    problems += _exposure(config)
+    sources = {name: given[name][1] if name in settings else "default" for name in names}
+    return Settled(config, sources, problems)
+
+
+def _not_negative(value: float) -> str:
+    return "" if value >= 0 else "must not be negative"  # nor is it a number if it is NaN
+
+
+def _one_of(*values: str) -> Callable[[str], str]:
+    return lambda value: "" if value in values else f"must be one of {', '.join(values)}"
+
+
+_RULES: dict[str, Callable[[Any], str]] = {
+    "chunk_tokens": lambda value: "" if value >= 1 else "must be at least 1",
+    "layers_per_cell": _not_negative,
+    "heads_per_cell": _not_negative,
+    "wait_s": _not_negative,
+    "log_level": lambda value: _one_of(*logging.getLevelNamesMapping())(value.upper()),
+    "log_format": _one_of("text", "json"),
+    "metrics_port": lambda value: "" if 0 <= value < 1 << 16 else "must be a port, 0 .. 65535",
+    "tenants": lambda tenants: "" if all(t.weight >= 1 for t in tenants.values()) else "must have weights from 1",
+    "tiers": lambda urls: (
+        "" if all("://" in url for url in urls) else "must be URLs like lmdb:///var/lib/kv?size=50GiB"
+    ),
+}
+
+
+def _converted(name: str, value: Any, source: str) -> Any:
+    """A setting's value in its type. Raises ConfigError."""
+    if name == "pool_bytes":
+        try:
+            value = parse_size(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    if name == "tiers" and isinstance(value, str):
+        value = value.split()
+    if name == "tenants":
+        value = _tenants(value)
+    try:
+        # Through the whole structure, all of whose settings have defaults: the message then names the setting.
+        found = getattr(msgspec.convert({name: value}, Config, strict=False), name)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"bad setting: {error} ({value!r} in {source})") from error
+    wrong = _RULES[name](found) if name in _RULES else ""
+    if wrong:
+        raise ConfigError(
+            f"{name} {wrong}, got {value!r}" if isinstance(found, str) else f"{name} {wrong}, got {found}"
+        )
+    return found
+
+
+def _tenants(value: Any) -> Any:
+    """A mapping, or one as text, with quotas as people write them; what is no such thing is for msgspec to name."""
+    if isinstance(value, str):
+        import yaml
+
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"tenants must be like {{team: {{quota: 2GiB, weight: 2}}}}, got {value!r}") from error
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: tenant | {"quota": parse_size(tenant["quota"])}
+        if isinstance(tenant, dict) and tenant.get("quota")
+        else tenant
+        for name, tenant in value.items()
+    }
+
+
+def _exposure(config: Config) -> Iterator[str]:
+    """What is wrong with who could read the metrics."""
+    if bool(config.metrics_cert) != bool(config.metrics_key):
+        yield "metrics_cert and metrics_key belong together; give both, or none"
+    if not is_loopback(config.metrics_host):
+        missing = [name for name in ("metrics_token_file", "metrics_cert", "metrics_key") if not getattr(config, name)]
+        if missing:
+            yield (
+                f"metrics_host {config.metrics_host} can be reached from elsewhere, which needs a token and TLS; "
+                f"set {', '.join(missing)}, or use 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach the address. A name other than localhost is not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """Raises ConfigError."""
     import yaml
 
     try:
@@ -140,24 +306,22 @@ def _read_yaml(path: Path, names: list[str]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of settings, it is a {type(content).__name__}")
-    for name in content:
-        _known(str(name), names, str(path))
     return content
 
 
-def _not_misspelt(variable: str, names: list[str]) -> None:
-    """Refuse an environment variable that is nearly a setting's. Others with the prefix are other programs' affair."""
+def _misspelt(variable: str, names: list[str]) -> str:
+    """What is wrong with a variable that is nearly a setting's. Others with the prefix are other programs' affair."""
     name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
     if name == variable.lower() or name in names:
-        return
+        return ""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    if close:
-        meant = ENVIRONMENT_PREFIX + close[0].upper()
-        raise ConfigError(f"unknown setting {variable!r} in the environment; did you mean {meant!r}?")
+    if not close:
+        return ""
+    meant = ENVIRONMENT_PREFIX + close[0].upper()
+    return f"unknown setting {variable!r} in the environment; did you mean {meant!r}?"
 
 
-def _known(name: str, names: list[str], where: str) -> None:
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(names)}"
-        raise ConfigError(f"unknown setting {name!r} in {where}{hint}")
+def _unknown(name: str, names: list[str], where: str) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(names)}"
+    return f"unknown setting {name!r} in {where}{hint}"

@@ -31,7 +31,7 @@ _log = logger("connector")
 Slots = npt.NDArray[np.int64]
 
 # A copy of fewer bytes costs more in calls than it gains in overlap with the forward pass.
-STEP_BYTES = 1 << 20
+STEP_BYTES = 2 << 20
 
 
 class CopyTransfer:
@@ -146,7 +146,8 @@ class GPUConnector:
         self._cells = self._spec.cells_of(part)
         if not self._cells:
             raise LayoutError(f"{part} holds no cell of the namespace")
-        self._steps = self._cut_steps()
+        self._steps = self._cut_steps(STEP_BYTES)
+        self._whole_cells = self._cut_steps()  # nobody waits for a layer of a store
         prove(layout, self._spec, self._kernels, write_op)
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Condition()
@@ -166,7 +167,8 @@ class GPUConnector:
         """
         del after
         transfer = CopyTransfer(range(ticket.first, ticket.boundary), len(self._steps))
-        self._submit(transfer, lambda: self._load(transfer, ticket, slots), store=False)
+        if not self._submit(transfer, lambda: self._load(transfer, ticket, slots), store=False):
+            self._cache.release(ticket, self._rank)
         return transfer
 
     def store(self, rid: str, chain: Chain, first: int, slots: Slots, *, after: Any = None) -> CopyTransfer:
@@ -202,14 +204,16 @@ class GPUConnector:
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """End the copy thread after what was asked for; False if it is still busy. Idempotent."""
-        self._closed = True
-        self._tasks.put(None)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._tasks.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # On the copy thread
 
-    def _submit(self, transfer: CopyTransfer, task: Callable[[], None], *, store: bool) -> None:
+    def _submit(self, transfer: CopyTransfer, task: Callable[[], None], *, store: bool) -> bool:
         def run() -> None:
             try:
                 task()
@@ -223,14 +227,15 @@ class GPUConnector:
                 self._completed.append(transfer)
                 self._lock.notify_all()
 
-        if self._closed:
-            transfer.fail_all()
-            transfer.finish()
-            return
-        with self._lock:
-            self._running += 1
-            self._stores += store
-        self._tasks.put(run)
+        with self._lock:  # with close: nothing may be queued behind the end
+            if not self._closed:
+                self._running += 1
+                self._stores += store
+                self._tasks.put(run)
+                return True
+        transfer.fail_all()
+        transfer.finish()
+        return False
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -238,6 +243,8 @@ class GPUConnector:
 
     def _load(self, transfer: CopyTransfer, ticket: Ticket, slots: Slots) -> None:
         try:
+            if not self._cache.take(ticket, self._rank):
+                raise LayoutError(f"part {self._rank} of the ticket is not (or no longer) this process's to copy")
             width = self._spec.chunk_tokens
             places, segments = ticket.places(), self._memory(ticket.boot)
             if len(slots) != len(places) * width:
@@ -287,12 +294,12 @@ class GPUConnector:
                 except LayoutError as error:
                     _log.warning("chunk %d was not stored: %s", chunk, error)
         finally:
-            transfer.fail([chunk for chunk in reservation.chunks if chunk not in set(written)])
+            transfer.fail(sorted(set(reservation.chunks) - set(written)))
             self._cache.publish(reservation, written)
 
     def _gather(self, segments: Sequence[Bytes], cells: tuple[int, ...], places: Slots, plan: Plan) -> None:
         column = {cell: at for at, cell in enumerate(cells)}
-        for step in self._steps:
+        for step in self._whole_cells:
             place = places[column[step.cell]]
             if place[0] >= 0:  # else another rank writes this cell
                 planes = self._layout.planes_of(step.group, step.layers)
@@ -304,12 +311,13 @@ class GPUConnector:
             raise LayoutError(f"the cache's memory of boot {boot} is gone")
         return segments
 
-    def _cut_steps(self) -> list[_Step]:
+    def _cut_steps(self, step_bytes: int = 0) -> list[_Step]:
+        """All that is to be copied of a chunk, in pieces of at most ``step_bytes``, or cell by cell."""
         steps = []
         for index in self._cells:
             cell = self._spec.cells[index]
             layer_bytes = cell.nbytes // len(cell.layers)
-            size = max(1, STEP_BYTES // layer_bytes)
+            size = max(1, step_bytes // layer_bytes) if step_bytes else len(cell.layers)
             heads = (cell.heads[0] - self._part.heads[0], cell.heads[1] - self._part.heads[0])
             for at in range(0, len(cell.layers), size):
                 layers = cell.layers[at : at + size]

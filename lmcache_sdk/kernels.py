@@ -337,8 +337,7 @@ def _outside(mem: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
     included. ``put`` with operands in that range would copy the whole span, and write all of it back at the end: old
     bytes over whatever others have written meanwhile. Assignment by index never does; it is slower for small units.
     """
-    start, end = mem.ctypes.data, mem.ctypes.data + mem.nbytes
-    return other.ctypes.data + other.nbytes <= start or other.ctypes.data >= end
+    return not np.may_share_memory(mem, other)  # compares ranges, no more
 
 
 def _best(unit: int) -> int:
@@ -365,7 +364,7 @@ def _announced() -> dict[str, EntryPoint]:
 def _load(entry: EntryPoint) -> Kernels:
     try:
         kernels: Kernels = entry.load()()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise LayoutError(f"the kernels {entry.value!r} for {entry.name} do not load: {error}") from error
     return kernels
 

@@ -127,9 +127,9 @@ class Chain:
         cls, digests: Sequence[bytes], chunk_tokens: int, *, tenant: str = "", positions_known: bool = False
     ) -> Chain:
         """A chain whose digests an engine computed itself (SGLang's page keys). It may start inside a request."""
-        for digest in digests:
-            if len(digest) != DIGEST_BYTES:
-                raise ConfigError(f"a digest has {DIGEST_BYTES} bytes, got {len(digest)}")
+        lengths = set(map(len, digests)) - {DIGEST_BYTES}
+        if lengths:
+            raise ConfigError(f"a digest has {DIGEST_BYTES} bytes, got {lengths.pop()}")
         chain = cls((), chunk_tokens, tenant=tenant)
         chain._digests = list(digests)
         chain._length = len(chain._digests)

@@ -38,11 +38,14 @@ class LocalCache:
         del over  # a chunk is ready only when all its cells are, whatever the asker holds
         return self.store.lookup(self._opened, rid, chain, prefetch=prefetch)
 
-    def wait(self, rid: str, timeout_s: float) -> Lookup:
-        return self.store.wait(rid, timeout_s)
+    def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
+        return self.store.wait(rid, timeout_s, settle=settle)
 
     def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
         return self.store.claim(rid, boundary, first, parts)
+
+    def take(self, ticket: Ticket, part: int = 0) -> bool:
+        return ticket.boot == self.store.boot and 0 <= part < ticket.parts
 
     def release(self, ticket: Ticket, part: int = 0) -> None:
         self.store.release(ticket, part)
@@ -100,6 +103,7 @@ def open_cache(
     producer: Producer,
     pool_bytes: int = 1 << 30,
     limits: Limits | None = None,
+    shared: bool = False,
 ) -> LocalCache | DaemonCache:
     """The cache that a URL names: a daemon (``unix:///path/of/socket``), or a store with a pool in this process.
 
@@ -107,6 +111,8 @@ def open_cache(
         url: ``unix:///run/user/1000/lmcache-sdk.sock``, ``lmdb:///var/lib/kv?size=50GiB``, ``memory://`` …; several
             stores are tiers, fastest first.
         pool_bytes, limits: of a pool in this process.
+        shared: other processes than this one will copy, too (workers of an engine). A store then gets a daemon of its
+            own, which has a pool of ``pool_bytes`` and ends with the cache, or with this process.
 
     Raises:
         ConfigError: unknown scheme, bad parameter, a pool too small for one chunk.
@@ -121,12 +127,21 @@ def open_cache(
         if len(urls) > 1:
             raise ConfigError(f"{daemons[0]!r} is a daemon, which has tiers of its own; give it alone")
         return DaemonCache(_socket_path(daemons[0]), namespace, producer)
+    if shared:
+        from lmcache_sdk.daemon.private import PrivateCache, start_private
+
+        return PrivateCache(start_private(urls, pool_bytes), namespace, producer)
     tiers: list[Tier] = []
     try:
         for text in urls:  # one by one: those that did open are closed if a later one does not
             tier = Tier(text.partition("://")[0], open_backend(text))
             tiers.append(tier)
-        return LocalCache(Store(tiers, pool_bytes=pool_bytes, limits=limits), namespace, producer)
+        store = Store(tiers, pool_bytes=pool_bytes, limits=limits)
+        try:
+            return LocalCache(store, namespace, producer)
+        except BaseException:
+            store.close(1.0)  # its threads, too
+            raise
     except BaseException:
         for tier in tiers:
             tier.backend.close(1.0)

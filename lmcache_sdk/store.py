@@ -10,22 +10,21 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
 
 from lmcache_sdk.adoption import Described, adopt, described, end_earlier_life, room_of, write_journal
 from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
-from lmcache_sdk.backend import Backend, Item, Miss, Scan, Usage
-from lmcache_sdk.codecs import Codec, RawCodec, codec_by_name
+from lmcache_sdk.backend import Backend, Scan, Touch, Usage, UsageReport
+from lmcache_sdk.config import Tenant
 from lmcache_sdk.core import (
     Action,
     Core,
     DeleteRecords,
     Entry,
-    EntryState,
     Job,
     JobKind,
     Limits,
@@ -39,21 +38,16 @@ from lmcache_sdk.core import (
     Stored,
 )
 from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
-from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, RecordError, UnsupportedError
-from lmcache_sdk.eviction import Policy
-from lmcache_sdk.keys import Chain, Origin, manifest_key
+from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, UnsupportedError
+from lmcache_sdk.eviction import Fair, Policy
+from lmcache_sdk.jobs import Jobs, OpenSpace, Tier
+from lmcache_sdk.keys import Chain, Origin
 from lmcache_sdk.observe.events import EventLog
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
 from lmcache_sdk.pool import Pool, PrivatePool, extent_bytes, segment_sizes
 from lmcache_sdk.records import (
     HEADER_BYTES,
-    Header,
-    RecordKey,
-    check_record,
-    checksum,
-    read_header,
-    write_header,
 )
 from lmcache_sdk.spec import Namespace, Producer
 
@@ -65,7 +59,8 @@ _T = TypeVar("_T")
 
 READERS_PER_TIER = 2
 _TICK_S = 0.1
-_PUTS_PER_MANIFEST = 64
+_CLEARED_AT_ONCE = 1024
+_PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is told at start
 
 _STATES = {
     RequestState.WALKING: LookupState.PENDING,
@@ -74,49 +69,6 @@ _STATES = {
     RequestState.MISS: LookupState.MISS,
     RequestState.CLAIMED: LookupState.READY,
 }
-
-
-class Tier(NamedTuple):
-    """A backend in its place in the order of tiers.
-
-    Attributes:
-        name: in metrics and answers; unique in a store.
-        codec: of the records written; what is read says itself how it was encoded.
-    """
-
-    name: str
-    backend: Backend
-    codec: Codec = RawCodec()
-
-
-class OpenSpace:
-    """A namespace and producer that a store serves: the core's space, and how its records are named.
-
-    Attributes:
-        manifests: descriptions for people, written beside the records.
-    """
-
-    def __init__(self, space: Space, namespace: Namespace, producer: Producer) -> None:
-        self.space = space
-        self.namespace = namespace
-        self.producer = producer
-        self.spec = namespace.spec
-        self.manifests = [
-            Item(manifest_key(namespace.id), memoryview(msgspec.json.encode(namespace))),
-            Item(manifest_key(f"{namespace.id}/{producer.id}"), memoryview(msgspec.json.encode(producer))),
-        ]
-        self.payload_bytes = tuple(cell.nbytes for cell in self.spec.cells)
-        self._prefix = space.origin.prefix()
-        self._suffixes = [f"/{cell.group}/{cell.name}" for cell in self.spec.cells]
-
-    def keys(self, digest: bytes) -> list[str]:
-        """The key of every cell of a chunk."""
-        stem = self._prefix + digest.hex()
-        return [stem + suffix for suffix in self._suffixes]
-
-    def record_key(self, digest: bytes, cell: int) -> RecordKey:
-        described = self.spec.cells[cell]
-        return RecordKey(self.space.origin, digest, described.group, described.name)
 
 
 class _Worker:
@@ -158,7 +110,8 @@ class Store:
             is adopted.
         pool_bytes: without a pool: the size of a private one.
         limits: deadlines and bounds.
-        policy: what to evict first; least recently used by default.
+        tenants: what each may have of the pool; by default all have the same share.
+        policy: instead: what to evict first, and who may have room.
 
     Attributes:
         boot: this life of the store.
@@ -176,6 +129,7 @@ class Store:
         pool: Pool | None = None,
         pool_bytes: int = 1 << 30,
         limits: Limits | None = None,
+        tenants: Mapping[str, Tenant] | None = None,
         policy: Policy[Entry] | None = None,
     ) -> None:
         if len({tier.name for tier in tiers}) != len(tiers):
@@ -186,24 +140,24 @@ class Store:
         self.pool: Pool = pool if pool is not None else PrivatePool(segment_sizes(pool_bytes))
         self.on_change: Callable[[], None] = lambda: None
         self.events = EventLog()
-        self.metrics = Metrics()
+        self.metrics = Metrics(self._totals)
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
         self._tier_names = [tier.name for tier in tiers]
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
-        self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("none", "pool", *self._tier_names)}
+        self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("pool", *self._tier_names, "none")}
         self._journal = self.pool.journal
         self._core = Core(
             Extents(self.pool.sizes),
             [(tier.name, tier.backend.instant) for tier in tiers],
             limits=limits,
-            policy=policy,
+            policy=policy if policy is not None else _fair(sum(self.pool.sizes), tenants or {}),
             seal=bool(tiers) or self._journal is not None,
         )
         self._spaces: dict[Space, OpenSpace] = {}
+        self._jobs = Jobs(self.pool, self.tiers, self._spaces, self.metrics)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._puts = 0
         self._tasks = 0  # writes that are no jobs: manifests, deletions
         self._closed = False
         self._stop = threading.Event()
@@ -242,22 +196,31 @@ class Store:
             opened = self._spaces.get(space)
             if opened is None:
                 opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+                room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
+                if room < _PROMPT_TOKENS:
+                    _log.warning(
+                        "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
+                        room, namespace.label or namespace.id, _PROMPT_TOKENS,
+                    )  # fmt: skip
             if self._journal is not None:
                 self._journal.save_space(msgspec.json.encode(Described(namespace, producer)))
         self._write_manifests(opened)
         return opened
 
-    def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True) -> Lookup:
+    def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True, total: int = 0) -> Lookup:
+        """See :meth:`Core.lookup` for ``total``."""
         if chain.chunk_tokens != opened.spec.chunk_tokens:
             return Lookup(
                 LookupState.MISS, why=f"chunks of {chain.chunk_tokens} tokens, not {opened.spec.chunk_tokens}"
             )
         if self._closed:
             return Lookup(LookupState.MISS, why="closed")
-        request = self._event(lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch))
+        request = self._event(
+            lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch, total=total)
+        )
         return self._answer(request)
 
-    def wait(self, rid: str, timeout_s: float) -> Lookup:
+    def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             request = self._core.requests.get(rid)
@@ -267,7 +230,7 @@ class Store:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
-        if _STATES[request.state] is LookupState.PENDING:
+        if settle and _STATES[request.state] is LookupState.PENDING:
             self._event(lambda: self._core.hurry(rid, time.monotonic()))
         return self._answer(request)
 
@@ -276,6 +239,7 @@ class Store:
         if claimed is None:
             return None
         lease, entries = claimed
+        self._touch_tiers(entries)
         origin = entries[0].space.origin
         return Ticket(
             lease=lease,
@@ -294,6 +258,8 @@ class Store:
 
     def forget(self, rid: str) -> None:
         self._event(lambda: self._core.forget(rid))
+        with self._lock:
+            self._changed.notify_all()  # whoever waits for it
 
     def reserve(
         self,
@@ -342,19 +308,31 @@ class Store:
         return self._event(lambda: self._core.pin(opened.space, digests, time.monotonic() + ttl_s))
 
     def delete(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
+        if self._closed:
+            return 0
         return self._event(lambda: self._core.delete(opened.space, digests))
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
+        total = 0
+        while removed := self.clear_some(opened):
+            total += removed
+        return total
+
+    def clear_some(self, opened: OpenSpace) -> int:
+        """As much of :meth:`clear` as delays nobody else; to be repeated until the answer is 0."""
+        if self._closed:
+            return 0
         prefix = opened.space.origin.prefix()
 
         def clear_tier(backend: Backend) -> None:
             if isinstance(backend, Scan):
                 backend.delete([stat.key for stat in backend.scan(prefix)])
 
-        removed = self._event(lambda: self._core.clear(opened.space))
-        for index in range(len(self.tiers)):
-            self._write_task(index, clear_tier)
+        removed = self._event(lambda: self._core.clear(opened.space, _CLEARED_AT_ONCE))
+        if removed < _CLEARED_AT_ONCE:  # that was the last of the pool, and no more of it is going to the tiers
+            for index in range(len(self.tiers)):
+                self._write_task(index, clear_tier)
         return removed
 
     def stats(self) -> Stats:
@@ -370,16 +348,32 @@ class Store:
             chunks = sum(len(space.entries) for space in self._core.spaces.values())
             leases = len(self._core.leases)
             breakers = [state.breaker.state for state in self._core.tiers]
-            counters = {f"core.{name}": float(value) for name, value in self._core.counters.items()}
+        metrics = self.metrics
         for state in ("free", "used", "quarantined"):
-            self.metrics.pool_bytes.labels(state).set(getattr(pool, f"{state}_bytes"))
-        self.metrics.leases.set(leases)
+            metrics.pool_bytes.labels(state).set(getattr(pool, f"{state}_bytes"))
+        metrics.pool_largest_free_bytes.set(pool.largest_free_bytes)
+        metrics.pool_chunks.set(chunks)
+        metrics.leases.set(leases)
         tiers = []
         for tier, breaker in zip(self.tiers, breakers, strict=True):
-            usage = tier.backend.usage() if isinstance(tier.backend, Usage) and not self._closed else None
+            usage = self._usage(tier)
             numbers = (usage.records, usage.used_bytes, usage.capacity_bytes) if usage else (0, 0, 0)
             tiers.append(TierStats(tier.name, *numbers, breaker))
-        return Stats(pool, chunks, leases, tuple(tiers), self.metrics.values() | counters)
+            if usage:
+                metrics.tier_records.labels(tier.name).set(usage.records)
+                metrics.tier_used_bytes.labels(tier.name).set(usage.used_bytes)
+                metrics.tier_capacity_bytes.labels(tier.name).set(usage.capacity_bytes)
+            metrics.tier_breaker_open.labels(tier.name).set(breaker == "open")
+        return Stats(pool, chunks, leases, tuple(tiers), metrics.values())
+
+    def _usage(self, tier: Tier) -> UsageReport | None:
+        """None where the tier cannot tell, or not now."""
+        if self._closed or not isinstance(tier.backend, Usage):
+            return None
+        try:
+            return tier.backend.usage()
+        except BackendError:
+            return None
 
     def drain(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -522,23 +516,34 @@ class Store:
                 self._changed.notify_all()
             if (core.jobs or core.requests or core.pins) and not self._busy.is_set():
                 self._busy.set()
-        for action in actions:
-            self._carry_out(action)
+        self._carry_out_all(actions)
+        return answer
+
+    def _carry_out_all(self, actions: list[Action]) -> None:
+        """None may be lost, whatever comes in between (an interrupt, say): what is left is for the next event."""
+        done = 0
+        try:
+            for action in actions:
+                self._carry_out(action)
+                done += 1
+        finally:
+            if done < len(actions):
+                with self._lock:
+                    self._core.actions[:0] = actions[done:]
         if actions:
             self.on_change()
-        return answer
 
     def _carry_out(self, action: Action) -> None:
         match action:
             case StartJob(job):
                 if job.kind is JobKind.SEAL:
-                    self._sealer.submit(lambda: self._run(job, self._seal))
+                    self._sealer.submit(lambda: self._run(job, self._jobs.seal))
                 elif job.kind is JobKind.VERIFY:
-                    self._sealer.submit(lambda: self._run(job, self._verify))
+                    self._sealer.submit(lambda: self._run(job, self._jobs.verify))
                 elif job.kind is JobKind.FETCH:
-                    self._readers[job.tier].submit(lambda: self._run(job, self._fetch))
+                    self._readers[job.tier].submit(lambda: self._run(job, self._jobs.fetch))
                 else:
-                    self._writers[job.tier].submit(lambda: self._run(job, self._put))
+                    self._writers[job.tier].submit(lambda: self._run(job, self._jobs.put))
             case Probe():
                 if self.tiers[action.tier].backend.instant:
                     self._probe(action)
@@ -547,10 +552,10 @@ class Store:
             case Resolved(request):
                 self._count(request)
             case Stored(origin, digest, parent):
-                self.metrics.chunks.labels("stored").inc()
                 self.events.add(stored=True, namespace=origin.namespace, digest=digest, parent=parent or b"")
-            case Removed(origin, digest, reason):
-                self.metrics.chunks.labels(f"removed_{reason}").inc()
+            case Removed(origin, digest, reason, since):
+                if since:
+                    self.metrics.residence_seconds.labels(reason).observe(time.monotonic() - since)
                 self.events.add(stored=False, namespace=origin.namespace, digest=digest, reason=reason)
             case DeleteRecords(origin, digests):
                 self._delete_records(origin, digests)
@@ -558,6 +563,10 @@ class Store:
     def _run(self, job: Job, work: Callable[[Job], list[bool]]) -> None:
         """One job, in a worker's thread. Whatever happens, the core is told that it has ended."""
         results, failed = [False] * len(job.entries), False
+        with self._lock:
+            if job.started or job.id not in self._core.jobs:
+                return  # an interrupt came between submitting it and noting that
+            self._core.job_started(job, time.monotonic())
         try:
             if not job.abandoned:
                 results = work(job)
@@ -595,138 +604,13 @@ class Store:
             self._tier_error(probe.tier, error)
         self._event(lambda: self._core.probed(request, probe.tier, count, time.monotonic(), failed=failed))
 
-    def _fetch(self, job: Job) -> list[bool]:
-        """Read records into their extents and check them; a record that does not check out is removed from its tier."""
-        tier = self.tiers[job.tier]
-        wanted = [(entry, cell) for entry in job.entries for cell in range(len(entry.extents))]
-        opened = self._spaces[job.entries[0].space]
-        keys = [key for entry in job.entries for key in opened.keys(entry.digest)]
-        records = [self._record(entry, cell, opened) for entry, cell in wanted]
-        if tier.codec.identity:
-            buffers = records
-        else:
-            buffers = [
-                memoryview(bytearray(HEADER_BYTES + tier.codec.max_encoded(len(record) - HEADER_BYTES)))
-                for record in records
-            ]
-        started = time.perf_counter()
-        lengths = tier.backend.get(keys, buffers)
-        broken, good, nbytes = [], [], 0
-        for (entry, cell), key, record, buffer, length in zip(wanted, keys, records, buffers, lengths, strict=True):
-            if isinstance(length, Miss):
-                good.append(False)
-                if length is Miss.TOO_LARGE:
-                    broken.append((key, "length"))
-                continue
-            try:
-                self._accept(opened, entry, cell, record, buffer[:length])
-                good.append(True)
-                nbytes += length
-            except RecordError as error:
-                _log.warning("%s: broken record %s: %s", tier.name, key, error)
-                broken.append((key, error.reason))
-                good.append(False)
-        self._observe(tier.name, "read", nbytes, started)
-        for _, reason in broken:
-            self.metrics.record_failures.labels(tier.name, reason).inc()
-        if broken:
-            tier.backend.delete([key for key, _ in broken])
-        cells = len(opened.payload_bytes)
-        return [all(good[at : at + cells]) for at in range(0, len(good), cells)]
-
-    def _accept(self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview, received: memoryview) -> None:
-        """Check what a tier gave; decode it into the extent if it is encoded."""
-        key = opened.record_key(entry.digest, cell)
-        header = check_record(received, key, opened.payload_bytes[cell])
-        if header.codec == RawCodec.name and received.obj is record.obj:
-            return
-        payload = record[HEADER_BYTES:]
-        try:
-            codec = codec_by_name(header.codec)
-            if not codec.lossless:
-                raise RecordError("codec", f"codec {codec.name!r} is lossy, the key says {key.origin.fidelity}")
-            encoded = received[HEADER_BYTES:]
-            codec.decode(encoded if received.obj is not record.obj else memoryview(bytes(encoded)), payload)
-        except (ConfigError, ValueError) as error:
-            raise RecordError("codec", f"cannot decode {header.codec!r}: {error}") from error
-        self._write_header(opened, entry, cell, record)
-
-    def _verify(self, job: Job) -> list[bool]:
-        """Check chunks that an earlier life left in the pool."""
-        opened = self._spaces[job.entries[0].space]
-        good = []
-        for entry in job.entries:
-            try:
-                for cell in range(len(entry.extents)):
-                    key, nbytes = opened.record_key(entry.digest, cell), opened.payload_bytes[cell]
-                    header = check_record(self._record(entry, cell, opened), key, nbytes)
-                    if header.codec != RawCodec.name:
-                        raise RecordError("codec", f"{header.codec!r} in the pool")
-                good.append(True)
-            except RecordError as error:
-                _log.warning("pool: broken record %s: %s", entry.digest.hex(), error)
-                self.metrics.record_failures.labels("pool", error.reason).inc()
-                good.append(False)
-        return good
-
-    def _seal(self, job: Job) -> list[bool]:
-        """Take the checksums: fill the room in front of every payload with its header."""
-        opened = self._spaces[job.entries[0].space]
-        for entry in job.entries:
-            for cell in range(len(entry.extents)):
-                self._write_header(opened, entry, cell, self._record(entry, cell, opened))
-        return [True] * len(job.entries)
-
-    def _put(self, job: Job) -> list[bool]:
-        tier = self.tiers[job.tier]
-        opened = self._spaces[job.entries[0].space]
-        alive = [entry.state is not EntryState.DEAD for entry in job.entries]
-        items = []
-        for entry, wanted in zip(job.entries, alive, strict=True):
-            if wanted:
-                for cell, key in enumerate(opened.keys(entry.digest)):
-                    record = self._record(entry, cell, opened)
-                    items.append(Item(key, record if tier.codec.identity else self._encode(tier.codec, record)))
-        started = time.perf_counter()
-        tier.backend.put(items)
-        self._observe(tier.name, "write", sum(len(item.data) for item in items), started)
-        self._puts += 1
-        if self._puts % _PUTS_PER_MANIFEST == 0:
-            tier.backend.put(opened.manifests)  # its own eviction may have taken them: they are the least used
-        return alive
-
-    def _encode(self, codec: Codec, record: memoryview) -> memoryview:
-        """A record of its own with the payload encoded."""
-        payload = record[HEADER_BYTES:]
-        out = memoryview(bytearray(HEADER_BYTES + codec.max_encoded(len(payload))))
-        length = codec.encode(payload, out[HEADER_BYTES:])
-        encoded = out[: HEADER_BYTES + length]
-        encoded[:HEADER_BYTES] = record[:HEADER_BYTES]
-        header = read_header(encoded)
-        write_header(
-            encoded,
-            header._replace(codec=codec.name, stored_bytes=length, payload_checksum=checksum(encoded[HEADER_BYTES:])),
-        )
-        return encoded
-
-    def _record(self, entry: Entry, cell: int, opened: OpenSpace) -> memoryview:
-        address = entry.extents[cell]
-        assert address is not None
-        return self.pool.record(address, HEADER_BYTES + opened.payload_bytes[cell])
-
-    def _write_header(self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview) -> None:
-        nbytes = len(record) - HEADER_BYTES
-        header = Header(
-            key=opened.record_key(entry.digest, cell),
-            token_count=opened.spec.chunk_tokens,
-            first_position=entry.first_position,
-            codec=RawCodec.name,
-            codec_parameter=0,
-            logical_bytes=nbytes,
-            stored_bytes=nbytes,
-            payload_checksum=checksum(record[HEADER_BYTES:]),
-        )
-        write_header(record, header)
+    def _touch_tiers(self, entries: Sequence[Entry]) -> None:
+        """A hit in the pool is a use for the tiers as well; else they evict what is used most."""
+        opened = self._spaces[entries[0].space]
+        for index, tier in enumerate(self.tiers):
+            if isinstance(tier.backend, Touch):
+                touch = tier.backend.touch
+                self._write_task(index, lambda _, touch=touch: touch(self._jobs.keys_to_root(opened, entries[-1])))  # type: ignore[misc]
 
     def _delete_records(self, origin: Origin, digests: Sequence[bytes]) -> None:
         with self._lock:
@@ -767,23 +651,38 @@ class Store:
 
     def _answer(self, request: Request) -> Lookup:
         state = _STATES[request.state]
-        if state is not LookupState.READY:
+        if state is LookupState.PENDING:
+            eta_s = self._core.eta_s(request, time.monotonic()) if request.pending else None
+            found = request.limit if request.pending else 0
+            return Lookup(state, why=request.why, found=found, missing=request.pending, eta_s=eta_s)
+        if state is LookupState.MISS:
             return Lookup(state, why=request.why)
         sources = request.sources(self._tier_names)
         return Lookup(state, range(1, request.limit + 1), request.why, sources)
 
     def _count(self, request: Request) -> None:
         """Once for each lookup: its tokens by where they were found."""
+        if request.limit == request.length < request.total:
+            return  # the rest of the prompt follows
         chunk_tokens = request.chain.chunk_tokens
+        self.metrics.lookup_seconds.observe(time.monotonic() - request.started)
         self._lookups["hit" if request.limit else "miss"].inc()
         if request.limit:
             for source, chunks in request.sources(self._tier_names).items():
                 self._tokens[source].inc(chunks * chunk_tokens)
-        self._tokens["none"].inc((request.length - request.limit) * chunk_tokens)
+        self._tokens["none"].inc((request.total - request.limit) * chunk_tokens)
 
-    def _observe(self, tier: str, direction: str, nbytes: int, started: float) -> None:
-        self.metrics.tier_bytes.labels(tier, direction).inc(nbytes)
-        self.metrics.tier_seconds.labels(tier, direction).observe(time.perf_counter() - started)
+    def _totals(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._core.counters)
+
+
+def _fair(pool_bytes: int, tenants: Mapping[str, Tenant]) -> Fair[Entry]:
+    return Fair(
+        pool_bytes,
+        weights={name: tenant.weight for name, tenant in tenants.items()},
+        quotas={name: tenant.quota for name, tenant in tenants.items() if tenant.quota},
+    )
 
 
 def _places(addresses: Sequence[int | None]) -> bytes:

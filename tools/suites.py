@@ -36,6 +36,7 @@ SUITES = {
     "lint": Suite("lint", 120, pytest=False),
     "bare": Suite("bare", 15, pytest=False),
     "core": Suite("core", 240),
+    "daemon": Suite("core", 240),
     "oldest": Suite("oldest", 240),
     "hf": Suite("hf", 120, prepare=("model",)),
 }

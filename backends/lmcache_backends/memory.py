@@ -75,6 +75,12 @@ class MemoryBackend:
             self._used += len(record)
         return True
 
+    def touch(self, keys: Sequence[str]) -> None:
+        with self._calls, self._lock:
+            for key in keys:
+                if key in self._records:
+                    self._records.move_to_end(key)
+
     def contains(self, keys: Sequence[str]) -> list[bool]:
         self._calls.check()
         return [key in self._records for key in keys]

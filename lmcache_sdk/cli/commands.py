@@ -11,9 +11,12 @@ import typer
 import typer.core
 
 from lmcache_sdk import __version__
+from lmcache_sdk.cli.daemon import serve, status, top
 from lmcache_sdk.cli.doctor import doctor
+from lmcache_sdk.cli.settings import config
 from lmcache_sdk.cli.stores import clear, du, gc, ls
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError, UnsupportedError
+from lmcache_sdk.observe.logs import masked
 
 ENTRY_POINTS = "lmcache_sdk.commands"
 
@@ -48,7 +51,7 @@ class CommandGroup(typer.core.TyperGroup):
             sys.stdout.flush()  # a closed pipe is noticed here, where it is handled, not at exit
             return result
         except LMCacheSDKError as error:
-            typer.echo(f"lmcache-sdk: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"lmcache-sdk: {masked(' '.join(str(error).split()))}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError | UnsupportedError) else 1) from error
 
 
@@ -85,8 +88,9 @@ def _unavailable(entry: EntryPoint, error: Exception) -> Any:
 
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, **_PLAIN)
-for _command_function in (doctor, ls, du, clear, gc):
+for _command_function in (serve, status, top, doctor, ls, du, clear, gc):
     app.command()(_command_function)
+app.add_typer(config, name="config")
 
 
 def _version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +18,9 @@ from lmcache_sdk.backend import Scan, Url, Usage, UsageReport, open_backend
 from lmcache_sdk.cli.inventory import Standing, survey
 from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
 from lmcache_sdk.cli.output import counted, print_json
+from lmcache_sdk.cli.settings import setting_texts
 from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, local_path, missing_store, shown
-from lmcache_sdk.config import ENVIRONMENT_PREFIX, Config, default_url, format_size, load_config
+from lmcache_sdk.config import Config, default_url, format_size, settle
 from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
 from lmcache_sdk.kernels import describe_kernels, kernels_for
 from lmcache_sdk.pool import extent_bytes
@@ -87,12 +88,13 @@ def doctor(
 def _examination(url: str | None, pool: str | None, model: Path | None, measure: bool) -> Iterator[Finding]:
     yield from _versions()
     flags = {"url": url, "pool_bytes": pool}
-    try:
-        config = load_config(flags)
-        yield from _settings(config, flags, os.environ)
-    except ConfigError as error:
-        yield Finding("settings", "configuration", str(error), "bad", "correct that setting; defaults are used below")
-        config = Config()
+    config, sources, problems = settle(flags)
+    if problems:
+        fix = "correct that setting; its default is used below"
+        yield Finding("settings", "configuration", "; ".join(problems), "bad", fix)
+    else:
+        for name, text in setting_texts(config).items():
+            yield Finding("settings", name, f"{text}  ({sources[name]})", facts={"source": sources[name]})
     yield from _machine(config.pool_bytes)
     yield from _plugins()
     chosen = config.url or default_url()
@@ -125,35 +127,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
-
-
-def _settings(config: Config, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Finding]:
-    file = environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
-    in_file = _names_in(Path(file)) if file else ()
-    for field in msgspec.structs.fields(Config):
-        name = field.name
-        variable = ENVIRONMENT_PREFIX + name.upper()
-        if flags.get(name) is not None:
-            source = "flag"
-        elif variable in environment:
-            source = variable
-        elif name in in_file:
-            source = str(file)
-        else:
-            source = "default"
-        value = getattr(config, name)
-        if name == "url":
-            text = shown(value or default_url())
-        else:
-            text = format_size(value) if name.endswith("_bytes") else str(value)
-        yield Finding("settings", name, f"{text}  ({source})", facts={"source": source})
-
-
-def _names_in(file: Path) -> tuple[str, ...]:
-    """The settings in a configuration file that has been read before, and found good."""
-    import yaml
-
-    return tuple(yaml.safe_load(file.read_text(encoding="utf-8")) or ())
 
 
 def _machine(pool_bytes: int) -> Iterator[Finding]:

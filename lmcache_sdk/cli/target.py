@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Protocol
 from lmcache_sdk.backend import Backend, Scan, Url, open_backend, schemes
 from lmcache_sdk.config import default_url, load_config
 from lmcache_sdk.errors import ConfigError, UnsupportedError
+from lmcache_sdk.observe.logs import masked
 
 CLOSE_TIMEOUT_S = 60.0
 
@@ -30,8 +30,8 @@ def local_path(url: Url) -> Path | None:
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without user and password."""
-    return re.sub(r"://[^/]*@", "://…@", url)
+    """A URL as it may be printed: without passwords."""
+    return masked(url)
 
 
 def missing_store(url: Url) -> Path | None:

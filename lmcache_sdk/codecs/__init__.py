@@ -49,7 +49,10 @@ def codec_by_name(name: str) -> Codec:
     if name == RawCodec.name:
         return RawCodec()
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        codec: Codec = point.load()()
+        try:
+            codec: Codec = point.load()()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the codec {name!r} ({point.value}) does not load: {error}") from error
         return codec
     known = sorted({RawCodec.name, *(point.name for point in entry_points(group=ENTRY_POINTS))})
     raise ConfigError(f"unknown codec {name!r}; installed are: {', '.join(known)}")

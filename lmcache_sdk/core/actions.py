@@ -20,14 +20,21 @@ class JobKind(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Work for the shell's threads. It holds its entries until :meth:`Core.job_done`, whenever that comes."""
+    """Work for the shell's threads. It holds its entries until :meth:`Core.job_done`, whenever that comes.
+
+    Attributes:
+        tier: -1 for SEAL and VERIFY.
+        ahead: of a read: bytes that its tier reads first, its own included; they have their time before the deadline.
+    """
 
     id: int
     kind: JobKind
-    tier: int  # -1 for SEAL and VERIFY
+    tier: int
     entries: list[Entry]
     deadline: float
+    ahead: int = 0
     abandoned: bool = False
+    started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +79,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """An entry left the index. ``reason``: evicted, deleted, cleared, aborted, failed, abandoned."""
+    """An entry left the index. ``reason``: evicted, quota, deleted, cleared, aborted, failed, abandoned.
+
+    Attributes:
+        readable_since: when it became readable in this life; 0 if it did not.
+    """
 
     origin: Origin
     digest: bytes
     reason: str
+    readable_since: float = 0.0
 
 
 Action = StartJob | Probe | DeleteRecords | Resolved | Stored | Removed

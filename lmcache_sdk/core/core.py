@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lmcache_sdk.core.actions import Action, DeleteRecords, Job, JobKind, Probe, Removed, Resolved, StartJob, Stored
 from lmcache_sdk.core.breaker import Breaker
 from lmcache_sdk.core.entries import Entry, EntryState, Lease, Request, RequestState, Reserved, Space
-from lmcache_sdk.core.extents import Extents, Note
-from lmcache_sdk.eviction import LRU, Policy
+from lmcache_sdk.core.extents import Extents, Note, round_up
+from lmcache_sdk.eviction import Fair, Policy
 from lmcache_sdk.keys import Chain, Origin
+from lmcache_sdk.patience import ReadingSpeed
 
 _VERIFY = -1  # in place of a tier's number: the pool itself has the chunk, unchecked
 
@@ -42,8 +44,8 @@ class Limits:
 
     Attributes:
         hold_s: how long a READY lookup is held for its claim.
-        fetch_s, put_s: deadline of one job on a tier.
-        batch_bytes: size of one job; several jobs run side by side.
+        fetch_s, put_s: deadline of one job on a tier; of a read, beyond what it and those before it should take.
+        batch_bytes: the most for one job; several jobs run side by side.
         queue_bytes: writes waiting for one tier; beyond it they are dropped (0 = as much as the pool).
         eviction_factor: how many times the wanted bytes may be evicted for one extent, before giving up on a
             fragmented pool.
@@ -78,8 +80,9 @@ class Core:
         self.extents = extents
         self.tiers = [TierState(name, instant) for name, instant in tiers]
         self.tier_names = [name for name, _ in tiers]
+        self.reading = [ReadingSpeed() for _ in (*self.tiers, _VERIFY)]  # so that [_VERIFY] is the pool's own
         self.limits = limits or Limits()
-        self.policy: Policy[Entry] = policy if policy is not None else LRU()
+        self.policy: Policy[Entry] = policy if policy is not None else Fair(extents.total_bytes)
         self.actions: list[Action] = []
         self.spaces: dict[Origin, Space] = {}
         self.requests: dict[str, Request] = {}
@@ -106,15 +109,21 @@ class Core:
         assert space.cell_bytes == tuple(cell_bytes), "one origin has one geometry"
         return space
 
-    def lookup(self, space: Space, rid: str, chain: Chain, now: float, *, prefetch: bool = True) -> Request:
-        """Find the longest prefix; the same request id and chain get the same answer until it is forgotten."""
+    def lookup(
+        self, space: Space, rid: str, chain: Chain, now: float, *, prefetch: bool = True, total: int = 0
+    ) -> Request:
+        """Find the longest prefix; the same request id and chain get the same answer until it is forgotten.
+
+        Args:
+            total: chunks of the whole prompt, if ``chain`` is only its first part; the rest follows if that is found.
+        """
         request = self.requests.get(rid)
         if request is not None:
             answered = request.state is not RequestState.CLAIMED  # after a claim, a preempted request asks anew
             if answered and request.space is space and self._same(request, chain):
                 return request
             self._drop_request(request)
-        request = Request(space, rid, chain, prefetch, now + self.limits.hold_s)
+        request = Request(space, rid, chain, prefetch, now, now + self.limits.hold_s, total)
         self.requests[rid] = request
         self._walk(request, now)
         return request
@@ -173,6 +182,7 @@ class Core:
             self._note(entry, Note.LEASED)
         lease = self._id()
         self.leases[lease] = Lease(entries, set(range(parts)))
+        self.counters["leased_bytes"] += len(entries) * request.space.chunk_bytes
         request.state = RequestState.CLAIMED
         self._release_hold(request)
         return lease, entries
@@ -231,8 +241,9 @@ class Core:
             if not wanted:
                 continue
             self._hold(entry)
-            if not self._allocate(entry, wanted):
-                self.counters["store_dropped_chunks.pool_full"] += first + len(digests) - number
+            lack = self._allocate(entry, wanted)
+            if lack:
+                self.counters[f"store_dropped_chunks.{lack}"] += first + len(digests) - number
                 if entry.written or any(address is not None for address in entry.extents):
                     self._drop(entry)
                 else:
@@ -265,12 +276,14 @@ class Core:
             if entry.written == entry.space.all_cells:
                 entry.state = EntryState.PUBLISHED
                 self._touch(entry)
-                self._tell_stored(entry)
                 published.append(entry)
                 self.counters["stored_chunks"] += 1
+                self.counters["stored_bytes"] += entry.space.chunk_bytes
             else:
                 self._drop(entry)
         published.reverse()
+        for entry in published:
+            self._tell_stored(entry, now)
         if published:
             if self._seal:
                 self._start(JobKind.SEAL, -1, published, now)
@@ -310,10 +323,10 @@ class Core:
             self.actions.append(DeleteRecords(space.origin, tuple(digests)))
         return removed
 
-    def clear(self, space: Space) -> int:
-        """Remove all published chunks of the space from the pool. Tiers are the shell's to clear."""
+    def clear(self, space: Space, most: int | None = None) -> int:
+        """Remove all published chunks of the space from the pool, or so many. Tiers are the shell's to clear."""
         kept = (EntryState.PUBLISHED, EntryState.ADOPTED)
-        published = [entry for entry in space.entries.values() if entry.state in kept]
+        published = list(islice((entry for entry in space.entries.values() if entry.state in kept), most))
         for entry in published:
             self._remove(entry, "cleared")
         return len(published)
@@ -329,7 +342,7 @@ class Core:
         """
         entry = self._add(space, digest, "", first_position, EntryState.ADOPTED)
         entry.extents = list(extents)
-        self.usage[""] += sum(self.extents.size_of(address) for address in extents)
+        self._charge("", self._bytes_of(entry))
         entry.written = space.all_cells
         entry.sealed = True
         if leased:
@@ -354,6 +367,12 @@ class Core:
 
     # Events from the shell
 
+    def job_started(self, job: Job, now: float) -> None:
+        """A thread has taken it up: what it waited in line is not the tier's fault."""
+        job.started = True
+        if not job.abandoned:
+            job.deadline = now + self._seconds(job.kind)
+
     def job_done(self, job: Job, results: Sequence[bool], now: float, *, failed: bool = False) -> None:
         """A job has ended; ``results[i]`` says whether ``job.entries[i]`` came through.
 
@@ -363,7 +382,9 @@ class Core:
         if job.tier >= 0 and not job.abandoned:
             self.tiers[job.tier].breaker.record(not failed, now)
         if job.kind in (JobKind.FETCH, JobKind.VERIFY):
-            self._fetched(job, results)
+            size = job.entries[0].space.chunk_bytes
+            self.reading[job.tier].end(size * len(job.entries), size * sum(results), now)
+            self._fetched(job, results, now)
         elif job.kind is JobKind.SEAL:
             sealed = [entry for entry, ok in zip(job.entries, results, strict=True) if ok]
             for entry in sealed:
@@ -386,8 +407,13 @@ class Core:
         for job in list(self.jobs.values()):
             if job.tier < 0 or job.deadline > now or job.abandoned:
                 continue  # work on the pool's own memory always ends
+            if job.kind is JobKind.PUT and not job.started:
+                continue  # it waits in line, and nobody waits for it
+            if not job.started and job.deadline + (self.reading[job.tier].seconds(job.ahead) or 0.0) > now:
+                continue
             job.abandoned = True
-            self.tiers[job.tier].breaker.record(False, now)
+            if job.started:
+                self.tiers[job.tier].breaker.record(False, now)
             self.counters[f"abandoned_jobs.{self.tier_names[job.tier]}"] += 1
             if job.kind is JobKind.FETCH:
                 # The call may still write into these extents: they are quarantined until it returns.
@@ -406,6 +432,16 @@ class Core:
                     self._drop(entry)
             self.pins = [pin for pin in self.pins if pin[0] > now]
 
+    def eta_s(self, request: Request, now: float) -> float | None:
+        """Seconds until all that a PENDING request waits for is here, as its tiers have been so far; None = unknown."""
+        slowest = 0.0
+        for tier, goal in list(request.goals.items()):
+            seconds = self.reading[tier].eta_s(goal, now)
+            if seconds is None:
+                return None
+            slowest = max(slowest, seconds)
+        return slowest
+
     # Looking up
 
     def _same(self, request: Request, chain: Chain) -> bool:
@@ -417,16 +453,15 @@ class Core:
     def _walk(self, request: Request, now: float) -> None:
         """Extend the prefix through the pool; where it ends there, ask the tiers."""
         entries, chain, index = request.entries, request.chain, request.space.entries
-        before, step, found = len(entries), 2, True
+        before, step = len(entries), 2
         reserved = EntryState.RESERVED
-        while found and len(entries) < request.length:
-            start = len(entries)
-            for digest in chain.digests(start + step)[start:]:
-                entry = index.get(digest)
-                if entry is None or entry.state is reserved:
-                    found = False
-                    break
-                entries.append(entry)
+        while (start := len(entries)) < request.length:
+            found = list(map(index.get, chain.digests(start + step)[start:]))
+            usable = [entry is not None and entry.state is not reserved for entry in found]
+            if False in usable:
+                entries += found[: usable.index(False)]
+                break
+            entries += found
             step *= 4
         if len(entries) > before:
             request.tier, request.lacking = 0, -1
@@ -471,10 +506,11 @@ class Core:
                 entry = self._add(space, digests[position], chain.tenant, first, EntryState.LOADING)
                 self._link(entry, previous)
                 self._hold(entry)
-                if not self._allocate(entry, range(len(space.cell_bytes))):
+                lack = self._allocate(entry, range(len(space.cell_bytes)))
+                if lack:
                     self._remove(entry, "aborted")
                     self._drop(entry)
-                    request.why = "pool full"
+                    request.why = lack.replace("_", " ")
                     del request.entries[position:]
                     break
                 start.setdefault(tier, []).append(entry)
@@ -484,9 +520,12 @@ class Core:
                 if entry.state is EntryState.ADOPTED:
                     entry.state = EntryState.LOADING
                     self._hold(entry)
+                    self._give(entry, chain.tenant)
                     start.setdefault(_VERIFY, []).append(entry)
             request.entries[position] = entry
             if entry.state is EntryState.LOADING:
+                if entry.waiters:  # whose job it is, or who waits for it as well
+                    request.goals |= entry.waiters[0][0].goals
                 entry.waiters.append((request, position))
                 request.pending += 1
             previous = entry
@@ -501,6 +540,7 @@ class Core:
         request.state = RequestState.PENDING
         for tier, loading in start.items():
             self._start(JobKind.VERIFY if tier == _VERIFY else JobKind.FETCH, tier, loading, now)
+            request.goals[tier] = self.reading[tier].asked
             for entry in reversed(loading):
                 self._drop(entry)  # the job holds it now
         self._settle(request)
@@ -518,7 +558,7 @@ class Core:
         request.state = RequestState.READY if last is not None else RequestState.MISS
         self.actions.append(Resolved(request))
 
-    def _fetched(self, job: Job, results: Sequence[bool]) -> None:
+    def _fetched(self, job: Job, results: Sequence[bool], now: float) -> None:
         for entry, ok in zip(job.entries, results, strict=True):
             if entry.state is EntryState.DEAD:
                 continue
@@ -528,7 +568,7 @@ class Core:
             entry.state = EntryState.PUBLISHED
             entry.written = entry.space.all_cells
             self._set_sealed(entry)
-            self._tell_stored(entry)
+            self._tell_stored(entry, now)
             if job.tier >= 0:
                 entry.tiers |= 1 << job.tier
             self._touch(entry)
@@ -568,15 +608,22 @@ class Core:
 
     def _start(self, kind: JobKind, tier: int, entries: list[Entry], now: float) -> None:
         """Start jobs over the entries, cut into batches."""
-        seconds = self.limits.fetch_s if kind is JobKind.FETCH else self.limits.put_s
-        size = max(1, self.limits.batch_bytes // entries[0].space.chunk_bytes)
+        reading = self.reading[tier] if kind in (JobKind.FETCH, JobKind.VERIFY) else None
+        nbytes, chunk_bytes = self.limits.batch_bytes, entries[0].space.chunk_bytes
+        size = max(1, (reading.step_bytes(nbytes) if reading is not None else nbytes) // chunk_bytes)
         for at in range(0, len(entries), size):
             batch = entries[at : at + size]
             for entry in batch:
                 self._hold(entry)
-            job = Job(self._id(), kind, tier, batch, now + seconds)
+            job = Job(self._id(), kind, tier, batch, now + self._seconds(kind))
+            if reading is not None:
+                reading.start(len(batch) * chunk_bytes, now)
+                job.ahead = reading.asked - reading.ended
             self.jobs[job.id] = job
             self.actions.append(StartJob(job))
+
+    def _seconds(self, kind: JobKind) -> float:
+        return self.limits.fetch_s if kind is JobKind.FETCH else self.limits.put_s
 
     def _write_back(self, entries: list[Entry], now: float) -> None:
         for tier, state in enumerate(self.tiers):
@@ -638,7 +685,8 @@ class Core:
                 if address is not None:
                     self.extents.note(address, what)
 
-    def _tell_stored(self, entry: Entry) -> None:
+    def _tell_stored(self, entry: Entry, now: float) -> None:
+        entry.readable_since = now
         parent = entry.parent.digest if entry.parent is not None else None
         self.actions.append(Stored(entry.space.origin, entry.digest, parent))
 
@@ -653,7 +701,7 @@ class Core:
         entry.state = EntryState.DEAD
         self.policy.discard(entry)
         self.counters[f"removed_chunks.{reason}"] += 1
-        self.actions.append(Removed(entry.space.origin, entry.digest, reason))
+        self.actions.append(Removed(entry.space.origin, entry.digest, reason, entry.readable_since))
         parent, entry.parent = entry.parent, None
         if parent is not None:
             parent.children -= 1
@@ -674,7 +722,7 @@ class Core:
     def _free_cell(self, entry: Entry, cell: int) -> None:
         address, entry.extents[cell] = entry.extents[cell], None
         if address is not None:
-            self.usage[entry.tenant] -= self.extents.size_of(address)
+            self._charge(entry.tenant, -self.extents.size_of(address))
             self.extents.free(address)
 
     def _unwrite(self, entry: Entry, cells: Sequence[int]) -> None:
@@ -686,29 +734,54 @@ class Core:
                 self._remove(entry, "aborted")
         self._drop(entry)
 
-    def _allocate(self, entry: Entry, cells: Iterable[int]) -> bool:
-        """Extents for the cells, evicting as needed; all or nothing."""
+    def _bytes_of(self, entry: Entry) -> int:
+        return sum(self.extents.size_of(address) for address in entry.extents if address is not None)
+
+    def _charge(self, tenant: str, nbytes: int) -> None:
+        self.usage[tenant] += nbytes
+        if not self.usage[tenant]:
+            del self.usage[tenant]  # tenants come from requests: nothing is kept of those that have nothing
+        self.policy.charge(tenant, nbytes)
+
+    def _give(self, entry: Entry, tenant: str) -> None:
+        """What an earlier life left is nobody's; it becomes the first asker's, as far as that one's quota goes.
+
+        The entry is held, so the policy does not have it.
+        """
+        nbytes = self._bytes_of(entry)
+        if entry.tenant == "" != tenant and not self.policy.full(tenant, nbytes):
+            self._charge("", -nbytes)
+            entry.tenant = tenant
+            self._charge(tenant, nbytes)
+
+    def _allocate(self, entry: Entry, cells: Iterable[int]) -> str:
+        """Extents for the cells, evicting as needed; all or nothing. The answer is what is lacking, if anything."""
         done: list[int] = []
         for cell in cells:
-            address = self._room(entry.space.cell_bytes[cell])
+            nbytes = round_up(entry.space.cell_bytes[cell])
+            address = self._room(entry.tenant, nbytes)
             if address is None:
+                lack = "quota" if self.policy.full(entry.tenant, nbytes) else "pool_full"
                 for earlier in done:
                     self._free_cell(entry, earlier)
-                return False
+                return lack
             entry.extents[cell] = address
-            self.usage[entry.tenant] += self.extents.size_of(address)
+            self._charge(entry.tenant, nbytes)
             done.append(cell)
-        return True
+        return ""
 
-    def _room(self, nbytes: int) -> int | None:
+    def _room(self, tenant: str, nbytes: int) -> int | None:
         budget = self.limits.eviction_factor * nbytes
-        while (address := self.extents.allocate(nbytes)) is None:
-            victim = self.policy.victim() if budget > 0 else None
+        while True:
+            full = self.policy.full(tenant, nbytes)
+            address = None if full else self.extents.allocate(nbytes)
+            if address is not None:
+                return address
+            victim = self.policy.victim(tenant, nbytes) if budget > 0 else None
             if victim is None:
                 return None
             budget -= victim.space.chunk_bytes
-            self._remove(victim, "evicted")
-        return address
+            self._remove(victim, "quota" if full else "evicted")
 
     def check_integrity(self) -> None:
         """Raise AssertionError if anything does not add up. For tests: it looks at everything."""
@@ -761,7 +834,11 @@ class Core:
         usage: Counter[str] = Counter()
         for entry in everything:
             usage[entry.tenant] += sum(self.extents.size_of(a) for a in entry.extents if a is not None)
-        assert +usage == +self.usage
+        assert +usage == self.usage, "nor is anything kept of a tenant that has nothing"
         for tier, state in enumerate(self.tiers):
             queued = [job for job in self.jobs.values() if job.kind is JobKind.PUT and job.tier == tier]
             assert state.queued_bytes == sum(e.space.chunk_bytes for job in queued for e in job.entries)
+        reads = [job for job in self.jobs.values() if job.kind in (JobKind.FETCH, JobKind.VERIFY)]
+        for tier in (*range(len(self.tiers)), _VERIFY):
+            asked = sum(entry.space.chunk_bytes for job in reads if job.tier == tier for entry in job.entries)
+            assert self.reading[tier].asked - self.reading[tier].ended == asked

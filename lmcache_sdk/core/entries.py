@@ -30,6 +30,7 @@ class Entry:
         "first_position",
         "holds",
         "parent",
+        "readable_since",
         "sealed",
         "space",
         "state",
@@ -54,6 +55,7 @@ class Entry:
         self.sealed = False
         self.tiers = 0  # a bit for each tier known to have it
         self.tick = 0
+        self.readable_since = 0.0
         self.waiters: list[tuple[Request, int]] = []
 
 
@@ -87,6 +89,7 @@ class Request:
         "entries",
         "fetch",
         "fidelity",
+        "goals",
         "hold",
         "lacking",
         "length",
@@ -95,21 +98,28 @@ class Request:
         "prefetch",
         "rid",
         "space",
+        "started",
         "state",
         "tier",
+        "total",
         "why",
     )
 
-    def __init__(self, space: Space, rid: str, chain: Chain, prefetch: bool, deadline: float) -> None:
+    def __init__(
+        self, space: Space, rid: str, chain: Chain, prefetch: bool, started: float, deadline: float, total: int = 0
+    ) -> None:
         self.space = space
         self.rid = rid
         self.chain = chain
         self.length = len(chain)
+        self.total = max(total, self.length)  # of the whole prompt, if the chain is only its first part
         self.prefetch = prefetch
+        self.started = started
         self.deadline = deadline
         self.state = RequestState.WALKING
         self.entries: list[Entry | None] = []  # None: only a tier has it
         self.fetch: dict[int, int] = {}  # position -> tier
+        self.goals: dict[int, int] = {}  # tier -> bytes read from it by when all is here, see ReadingSpeed
         self.tier = 0  # the tier to ask next at this position
         self.lacking = -1  # a tier whose earlier answer already says that it lacks this position
         self.hold: Entry | None = None

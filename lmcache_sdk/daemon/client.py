@@ -1,14 +1,18 @@
 """A Cache that talks to the daemon. No engine waits for a daemon that is gone, slow, or not what it should be.
 
 Every call has a deadline. The first one that fails opens the breaker: from then on lookups miss at once and stores are
-dropped, until a thread of its own has reached the daemon again. Memory of an earlier life stays mapped until the copies
-that use it have ended; then the daemon is told.
+dropped, until a thread of its own has reached the daemon again. If that is still the same life of it, this client is
+known there, and what it holds is. If it is another life, memory of the earlier one stays mapped until the copies that
+use it have ended; then the daemon is told.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import os
+import select
 import socket
 import threading
 import time
@@ -16,7 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from lmcache_sdk.api import Bytes, Lookup, LookupState, Part, PoolStats, Reservation, Stats, Ticket
+from lmcache_sdk.core.extents import SEGMENT_SHIFT
 from lmcache_sdk.daemon import protocol as p
 from lmcache_sdk.errors import BackendFormatError, BackendUnavailable, ConfigError, LMCacheSDKError
 from lmcache_sdk.keys import Chain
@@ -31,13 +38,18 @@ CALL_TIMEOUT_S = 0.5
 CONNECT_TIMEOUT_S = 1.0
 RECONNECT_S = 0.2
 _FIRST_DIGESTS = 16
-_GROWTH = 8
-_MOST_SEGMENTS = 64  # descriptors in one message: 4 TiB of pool
+_GROWTH = 128  # a round trip costs as much as some hundred digests, which a store of the rest needs as well
+_CLEAR_S = 60.0
+_MOST_ASKED = 4096  # requests whose digests the daemon is known to have
 _EMPTY = Stats(PoolStats(0, 0, 0, 0, 0), 0, 0, (), {})
 
 
 class Channel:
-    """One connection: a request, then its reply. Any trouble is an OSError or ProtocolError, and ends it."""
+    """One connection: a request, then its reply. Any trouble is an OSError or ProtocolError, and ends it.
+
+    Raises:
+        BackendUnavailable: whoever listens there could be anybody.
+    """
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -46,26 +58,40 @@ class Channel:
         try:
             self._socket.settimeout(timeout_s)
             self._socket.connect(str(path))
+            _check_peer(self._socket, path)
         except BaseException:
             self._socket.close()
             raise
 
     def call(self, message: p.Message, timeout_s: float) -> p.Message:
-        """Raises TimeoutError at the deadline, ConnectionError, other OSErrors, or ProtocolError."""
+        """Raises TimeoutError at the deadline, ConnectionError, other OSErrors, or ProtocolError.
+
+        To Hello also BackendFormatError: the daemon speaks another version.
+        """
+        return self.send(p.encode(message), timeout_s, hello=isinstance(message, p.Hello))
+
+    def send(self, frame: bytes, timeout_s: float, *, hello: bool = False) -> p.Message:
+        """See :meth:`call`."""
+        if timeout_s <= 0:
+            raise TimeoutError("no time left")
         deadline = time.monotonic() + timeout_s
         self._socket.settimeout(timeout_s)
-        self._socket.sendall(p.encode(message))
+        self._socket.sendall(frame)
         while (body := self._frames.next()) is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"no answer within {timeout_s} s")
             self._socket.settimeout(left)
-            self._frames.add(self._receive(isinstance(message, p.Hello)))
+            self._frames.add(self._receive(hello))
+        if hello:
+            version = p.version_of(body)
+            if version is not None and version != p.PROTOCOL_VERSION:
+                raise BackendFormatError(p.skew(version, p.PROTOCOL_VERSION))
         return p.decode_reply(body)
 
     def _receive(self, with_descriptors: bool) -> bytes:
         if with_descriptors:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, _MOST_SEGMENTS)
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, p.MOST_SEGMENTS, socket.MSG_CMSG_CLOEXEC)
             self.descriptors += descriptors
         else:
             data = self._socket.recv(1 << 18)
@@ -73,11 +99,17 @@ class Channel:
             raise ConnectionError("the daemon closed the connection")
         return data
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def drop_descriptors(self) -> None:
+        """Close what was passed with the reply to Hello."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
     def close(self) -> None:
         self._socket.close()
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors = []
+        self.drop_descriptors()
 
 
 class Life:
@@ -85,14 +117,21 @@ class Life:
 
     Attributes:
         under_way: (lease, part) of tickets and reservations whose copies have not ended.
+        asked: by request: how many digests the daemon has, and the last of them.
+        turn: how often this client had come by then; what was begun in an earlier turn was in vain.
+        watch: a connection that nothing is said on: its end is the daemon's.
     """
 
-    def __init__(self, welcome: p.Welcome, segments: Sequence[Bytes]) -> None:
+    def __init__(self, welcome: p.Welcome, segments: Sequence[Bytes], watch: Channel) -> None:
         self.boot = welcome.boot
         self.client = welcome.client
+        self.sizes = welcome.segments
         self.segments = segments
         self.under_way: set[tuple[int, int]] = set()
+        self.asked: dict[str, tuple[int, bytes]] = {}
         self.idle: list[Channel] = []
+        self.watch = watch
+        self.turn = 0
 
 
 class DaemonCache:
@@ -104,27 +143,37 @@ class DaemonCache:
 
     Raises:
         BackendFormatError: the daemon is of another release.
-        ConfigError: the daemon refuses this namespace; the message says why.
+        ConfigError: the daemon refuses this namespace, and the message says why; or the path is too long.
     """
 
     def __init__(
         self, path: Path, namespace: Namespace, producer: Producer, *, call_timeout_s: float = CALL_TIMEOUT_S
     ) -> None:
         namespace.spec.validate()
+        if len(os.fsencode(path)) > 107:
+            raise ConfigError(f"the socket path {path} has over 107 bytes; choose a shorter one")
         self.path = path
         self._namespace = namespace
         self._producer = producer
+        self._cell_bytes = np.array([cell.nbytes for cell in namespace.spec.cells])
         self._timeout_s = call_timeout_s
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._life: Life | None = None
-        self._earlier: dict[str, Life] = {}
+        self._earlier: dict[bytes, Life] = {}  # by client id
+        self._turn = 0
+        self._process = os.getpid()
+        self._closing = False
         self._closed = threading.Event()
-        self._lost = threading.Event()
+        self._bell, self._rope = socket.socketpair()  # something for the keeper to do
+        self._rope.setblocking(False)
         try:
             self._connect()
-        except (OSError, p.ProtocolError) as error:
+        except (BackendFormatError, ConfigError):
+            self._bell.close()
+            self._rope.close()
+            raise
+        except (OSError, LMCacheSDKError) as error:
             _log.warning("no daemon at %s (%s): the engine runs without a cache until there is one", path, error)
-            self._lost.set()
         self._keeper = threading.Thread(target=self._keep, name="lmcache-reconnect", daemon=True)
         self._keeper.start()
 
@@ -139,58 +188,100 @@ class DaemonCache:
     @property
     def connected(self) -> bool:
         """Whether the breaker is closed."""
-        return self._life is not None
+        return self._current() is not None
 
     def lookup(self, rid: str, chain: Chain, *, over: Part = WHOLE, prefetch: bool = True) -> Lookup:
         del over  # a chunk is ready only when all its cells are, whatever the asker holds
-        life = self._life
+        life = self._current()
         if life is None:
             return Lookup(LookupState.MISS, why="no daemon")
         if chain.chunk_tokens != self._namespace.spec.chunk_tokens:
             return Lookup(LookupState.MISS, why=f"chunks of {chain.chunk_tokens} tokens")
-        length, start, count = len(chain), 0, _FIRST_DIGESTS
+        rid = _short(rid)
+        deadline = time.monotonic() + self._timeout_s
+        length, answer = len(chain), Lookup(LookupState.MISS, why="no daemon")
+        # The daemon gets as many digests as it finds chunks, and a few more; and each of them once.
+        start, last = life.asked.get(rid, (0, b""))
+        if start and (start > length or chain.digests(start)[-1] != last):
+            start = 0
+        count = max(start, min(_FIRST_DIGESTS, length))
         while True:
-            count = min(count, length)
+            digests = chain.digests(count)
             message = p.Lookup(
                 rid,
                 start,
-                b"".join(chain.digests(count)[start:]),
+                b"".join(digests[start:]),
+                total=length,
                 tenant=chain.tenant,
                 salted=chain.salted,
                 positions_known=chain.positions_known,
                 prefetch=prefetch,
             )
-            found = self._call(life, message, p.Found)
-            if found is None:
-                return Lookup(LookupState.MISS, why="no daemon")
-            if found.walked < count or count == length:
-                return _lookup(found)
-            start, count = count, count * _GROWTH
+            found = self._call(life, message, p.Found, deadline - time.monotonic())
+            if found is None or not 0 <= found.chunks <= count:
+                return answer
+            if found.walked == p.AGAIN and start:
+                start, count = 0, min(_FIRST_DIGESTS, length)
+                continue
+            answer = _lookup(found)
+            if digests:
+                _note(life.asked, rid, (count, digests[-1]))
+            if found.walked < count or count == length or time.monotonic() >= deadline:
+                return answer
+            start, count = count, min(count * _GROWTH, length)
 
-    def wait(self, rid: str, timeout_s: float) -> Lookup:
-        life = self._life
-        found = self._call(life, p.Wait(rid, timeout_s), p.Found, timeout_s + self._timeout_s)
+    def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
+        seconds = _bounded(timeout_s, p.LONGEST_WAIT_S)
+        found = self._call(self._current(), p.Wait(_short(rid), seconds, settle), p.Found, seconds + self._timeout_s)
         return _lookup(found) if found is not None else Lookup(LookupState.MISS, why="no daemon")
 
     def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
-        life = self._life
-        claimed = self._call(life, p.Claim(rid, boundary, first, parts), p.Claimed)
-        if claimed is None or claimed.ticket is None or life is None:
+        life = self._current()
+        if life is None or self._closing or not 0 <= first < boundary or not 1 <= parts <= p.MOST_PARTS:
             return None
+        turn = life.turn
+        claimed = self._call(life, p.Claim(_short(rid), boundary, first, parts), p.Claimed)
+        ticket = claimed.ticket if claimed is not None else None
+        if ticket is None:
+            return None
+        good = (ticket.first, ticket.boundary, ticket.parts) == (first, boundary, parts)
+        if not good or not self._fits(life, ticket, boundary - first):
+            self._lose(life, turn, p.ProtocolError("a ticket that cannot be"))
+            return None
+        return ticket if self._begin(life, turn, [(ticket.lease, part) for part in range(parts)]) else None
+
+    def take(self, ticket: Ticket, part: int = 0) -> bool:
+        """Before this process copies a part of a ticket that another one has claimed; False: it must not.
+
+        From here on the part is this process's to give back.
+        """
+        life = self._current()
+        if life is None or life.boot != ticket.boot or self._closing:
+            return False
         with self._lock:
-            life.under_way.update((claimed.ticket.lease, part) for part in range(parts))
-        return claimed.ticket
+            if (ticket.lease, part) in life.under_way:
+                return True
+        turn = life.turn
+        taken = self._call(life, p.Take(ticket.lease, part), p.Count)
+        if taken is None or not taken.count or not self._fits(life, ticket, ticket.boundary - ticket.first):
+            return False
+        return self._begin(life, turn, [(ticket.lease, part)])
 
     def release(self, ticket: Ticket, part: int = 0) -> None:
         self._ended(ticket.boot, ticket.lease, part, p.Release(ticket.lease, part))
 
     def forget(self, rid: str) -> None:
-        self._call(self._life, p.Forget(rid), p.Count)
+        life = self._current()
+        if life is not None:
+            life.asked.pop(_short(rid), None)
+            self._call(life, p.Forget(_short(rid)), p.Count)
 
     def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
         del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
-        life = self._life
-        if life is None or chain.chunk_tokens != self._namespace.spec.chunk_tokens or first < 0 or count < 1:
+        life = self._current()
+        if life is None or self._closing or first < 0 or count < 1:
+            return None
+        if chain.chunk_tokens != self._namespace.spec.chunk_tokens:
             return None
         digests = chain.digests(first + count)
         message = p.Reserve(
@@ -202,12 +293,16 @@ class DaemonCache:
             salted=chain.salted,
             positions_known=chain.positions_known,
         )
+        turn = life.turn
         reserved = self._call(life, message, p.Reserved)
-        if reserved is None or reserved.reservation is None:
+        reservation = reserved.reservation if reserved is not None else None
+        if reservation is None:
             return None
-        with self._lock:
-            life.under_way.add((reserved.reservation.lease, 0))
-        return reserved.reservation
+        asked = reservation.cells == message.cells and all(first <= at < first + count for at in reservation.chunks)
+        if not asked or not self._fits(life, reservation, len(reservation.chunks)):
+            self._lose(life, turn, p.ProtocolError("a reservation that cannot be"))
+            return None
+        return reservation if self._begin(life, turn, [(reservation.lease, 0)]) else None
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:
         written = None if chunks is None else tuple(chunks)
@@ -217,127 +312,198 @@ class DaemonCache:
         self.publish(reservation, ())
 
     def segments(self, boot: str) -> Sequence[Bytes]:
-        life = self._life
+        life = self._current()
         if life is None or life.boot != boot:
-            life = self._earlier.get(boot)
+            with self._lock:
+                life = next((earlier for earlier in self._earlier.values() if earlier.boot == boot), None)
         return life.segments if life is not None else ()
 
     def pin(self, chain: Chain, ttl_s: float) -> int:
-        return self._count(p.Pin(b"".join(chain.digests()), ttl_s))
+        return self._count(p.Pin(b"".join(chain.digests()), _bounded(ttl_s, p.LONGEST_PIN_S)))
 
     def delete(self, chain: Chain) -> int:
         return self._count(p.Delete(b"".join(chain.digests())))
 
     def clear(self) -> int:
-        return self._count(p.Clear())
+        total, deadline = 0, time.monotonic() + _CLEAR_S
+        while (removed := self._count(p.Clear())) and time.monotonic() < deadline:
+            total += removed
+        return total + removed
 
     def stats(self) -> Stats:
-        figures = self._call(self._life, p.Ask(), p.Figures)
+        figures = self._call(self._current(), p.Ask(), p.Figures)
         return figures.stats if figures is not None else _EMPTY
 
     def drain(self, timeout_s: float) -> bool:
-        reply = self._call(self._life, p.Drain(timeout_s), p.Count, timeout_s + self._timeout_s)
+        seconds = _bounded(timeout_s, p.LONGEST_WAIT_S)
+        reply = self._call(self._current(), p.Drain(seconds), p.Count, seconds + self._timeout_s)
         return reply is not None and reply.count == 1
 
     def close(self, timeout_s: float = 10.0) -> None:
-        if self._closed.is_set():
+        """Wait for the copies that are under way. If they do not end in time, the daemon keeps their memory out of
+        use until this process has ended.
+        """
+        if self._closing or os.getpid() != self._process:
             return
-        self._call(self._life, p.Bye(), p.Count, min(timeout_s, self._timeout_s))
+        deadline = time.monotonic() + _bounded(timeout_s, p.LONGEST_WAIT_S)
+        with self._lock:
+            self._closing = True
+            ended = self._lock.wait_for(lambda: not self._under_way(), deadline - time.monotonic())
+        life = self._current()
+        if ended and life is not None:
+            self._tell_drained(life)
+            self._call(life, p.Bye(), p.Count)
         self._closed.set()
-        self._lost.set()
-        self._keeper.join(timeout_s)
+        self._ring()
+        self._keeper.join(max(0.1, deadline - time.monotonic()))
         with self._lock:
             life, self._life = self._life, None
         if life is not None:
             _close_all(life)
+            life.watch.close()
 
     # The conversation
+
+    def _current(self) -> Life | None:
+        """The daemon's life; None while there is none, and in a child that was forked: a conversation has two sides."""
+        return self._life if os.getpid() == self._process else None
 
     def _call(
         self, life: Life | None, message: p.Message, reply: type[_M], timeout_s: float | None = None
     ) -> _M | None:
-        """The reply, or None if there is no daemon or it does not do as it should; then the breaker is open."""
-        if life is None or self._closed.is_set():
+        """The reply, or None if the daemon refuses, if there is none or it does not do as it should; after the last
+        two the breaker is open.
+        """
+        if life is None or life is not self._life or self._closed.is_set():
             return None
-        seconds = self._timeout_s if timeout_s is None else timeout_s
-        channel = None
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        try:
+            frame = p.encode(message)
+        except p.ProtocolError as error:
+            _log.warning("a %s was not sent: %s", type(message).__name__, error)
+            return None
+        channel, turn = None, life.turn
         try:
             with self._lock:
                 channel = life.idle.pop() if life.idle else None
             if channel is None:
-                channel = Channel(self.path, min(seconds, CONNECT_TIMEOUT_S))
-                joined = channel.call(p.Hello(p.PROTOCOL_VERSION, client=life.client), seconds)
-                if not isinstance(joined, p.Welcome) or joined.boot != life.boot:
-                    raise ConnectionError(f"the daemon is another one: {joined}")
-            answer = channel.call(message, seconds)
-            if isinstance(answer, p.Refused):
-                raise p.ProtocolError(f"refused: {answer.message}")
-            if not isinstance(answer, reply):
+                channel = self._join(life, deadline)
+            answer = channel.send(frame, deadline - time.monotonic())
+            if not isinstance(answer, reply | p.Refused):
                 raise p.ProtocolError(f"expected {reply.__name__}, got {type(answer).__name__}")
         except (OSError, LMCacheSDKError) as error:
             if channel is not None:
                 channel.close()
-            self._lose(life, error)
+            self._lose(life, turn, error)
+            return None
+        if isinstance(answer, p.Refused):
+            _log.warning("the daemon refused a %s: %s", type(message).__name__, answer.message)
+            channel.close()
             return None
         with self._lock:
-            if life is self._life:
+            if life is self._life and life.turn == turn and not self._closed.is_set():
                 life.idle.append(channel)
                 return answer
         channel.close()
         return answer
 
+    def _join(self, life: Life, deadline: float) -> Channel:
+        """One more connection of this client. Raises as :meth:`Channel.call`."""
+        channel = Channel(self.path, max(0.001, min(deadline - time.monotonic(), CONNECT_TIMEOUT_S)))
+        try:
+            hello = p.Hello(p.PROTOCOL_VERSION, client=life.client)
+            joined = channel.call(hello, deadline - time.monotonic())
+            if not isinstance(joined, p.Welcome) or (joined.boot, joined.client) != (life.boot, life.client):
+                raise ConnectionError("the daemon is another one")
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
     def _count(self, message: p.Message) -> int:
-        reply = self._call(self._life, message, p.Count)
+        reply = self._call(self._current(), message, p.Count)
         return reply.count if reply is not None else 0
+
+    def _begin(self, life: Life, turn: int, copies: list[tuple[int, int]]) -> bool:
+        """Note what copies may be made; False if the daemon was lost since it was asked, or is about to be left."""
+        with self._lock:
+            if life is not self._life or life.turn != turn or self._closing:
+                return False
+            life.under_way.update(copies)
+            return True
 
     def _ended(self, boot: str, lease: int, part: int, message: p.Message) -> None:
         """A copy has ended: tell the daemon that gave it, or note it if that one is gone."""
-        life = self._life
-        if life is not None and life.boot == boot:
-            self._call(life, message, p.Count)
-            with self._lock:
-                life.under_way.discard((lease, part))
+        if os.getpid() != self._process:
             return
         with self._lock:
-            earlier = self._earlier.get(boot)
-            if earlier is not None:
-                earlier.under_way.discard((lease, part))
-        self._lost.set()  # the keeper tells the daemon when that was the last
+            lives = [life for life in (self._life, *self._earlier.values()) if life is not None]
+            given = next((life for life in lives if (lease, part) in life.under_way and life.boot == boot), None)
+            if given is None:
+                return
+            # First of all: should the daemon be lost while it is told, it hears of it when it is back.
+            given.under_way.discard((lease, part))
+            self._lock.notify_all()
+            current = given is self._life
+        if current:
+            self._call(given, message, p.Count)
+        else:
+            self._ring()  # the keeper tells the daemon when that was the last
 
-    def _lose(self, life: Life, error: Exception) -> None:
+    def _under_way(self) -> bool:
+        lives = [*self._earlier.values(), *([self._life] if self._life is not None else [])]
+        return any(life.under_way for life in lives)
+
+    def _lose(self, life: Life, turn: int, error: Exception) -> None:
         with self._lock:
-            if self._life is not life:
+            if self._life is not life or life.turn != turn:
                 return
             self._life = None
-            self._earlier[life.boot] = life
+            self._earlier[life.client] = life
+            life.asked.clear()
         _log.warning(
             "lost the daemon at %s (%s: %s): no cache until it is back", self.path, type(error).__name__, error
         )
         _close_all(life)
-        self._lost.set()
+        self._ring()
 
     def _connect(self) -> None:
         """Raises OSError, ProtocolError; BackendFormatError and ConfigError for a refusal that lasts."""
+        with self._lock:
+            last = next(reversed(self._earlier.values()), None)
+            self._turn += 1
+            hello = p.Hello(
+                p.PROTOCOL_VERSION,
+                client=last.client if last is not None else b"",
+                namespace=self._namespace,
+                producer=self._producer,
+                turn=self._turn,
+                held=tuple(last.under_way) if last is not None else (),
+            )
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
         channel = Channel(self.path, CONNECT_TIMEOUT_S)
         try:
-            welcome = channel.call(
-                p.Hello(p.PROTOCOL_VERSION, namespace=self._namespace, producer=self._producer), CONNECT_TIMEOUT_S
-            )
+            welcome = channel.call(hello, deadline - time.monotonic())
             if isinstance(welcome, p.Refused):
-                kind = {"version": BackendFormatError, "settings": ConfigError}.get(welcome.kind, BackendUnavailable)
-                raise kind(f"the daemon at {self.path} refuses: {welcome.message}")
-            if not isinstance(welcome, p.Welcome) or len(channel.descriptors) != len(welcome.segments):
-                raise p.ProtocolError("the daemon's welcome is not one")
-            life = Life(welcome, map_segments(channel.descriptors, list(welcome.segments)))
+                p.raise_refusal(welcome)
+            if not isinstance(welcome, p.Welcome):
+                raise p.ProtocolError(f"expected a welcome, got {type(welcome).__name__}")
+            if last is not None and (last.boot, last.client) == (welcome.boot, welcome.client):
+                life = last
+            else:
+                life = Life(welcome, _map(channel.descriptors, welcome), channel)
+            channel.drop_descriptors()
         except BaseException:
             channel.close()
             raise
-        for descriptor in channel.descriptors:
-            os.close(descriptor)
-        channel.descriptors = []
-        life.idle.append(channel)
         with self._lock:
+            self._earlier.pop(life.client, None)
+            life.watch, life.turn = channel, hello.turn
             self._life = life
+            ended = set(hello.held) - life.under_way if life is last else set()
+        for lease, part in ended:  # while the daemon was being reached; which of the two it was is not known here
+            self._call(life, p.Release(lease, part), p.Count)
+            self._call(life, p.Publish(lease, ()), p.Count)
         self._tell_drained(life)
 
     def _tell_drained(self, life: Life) -> None:
@@ -347,35 +513,102 @@ class DaemonCache:
         for earlier in ended:
             if self._call(life, p.Drained(earlier.client), p.Count) is not None:
                 with self._lock:
-                    self._earlier.pop(earlier.boot, None)
+                    self._earlier.pop(earlier.client, None)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # it has rung already
+            self._rope.send(b"\0")
 
     def _keep(self) -> None:
-        """Reach the daemon again whenever it is lost."""
+        """Notice that the daemon is gone, and reach it again."""
         told = ""
-        while True:
-            self._lost.wait()
-            self._lost.clear()
-            while self._life is None and not self._closed.is_set():
-                try:
-                    self._connect()
-                    _log.info("reached the daemon at %s", self.path)
-                    told = ""
-                except (OSError, LMCacheSDKError) as error:
-                    if not isinstance(error, (ConnectionError, FileNotFoundError)) and str(error) != told:
-                        told = str(error)
-                        _log.warning("no daemon at %s: %s", self.path, error)
-                    self._closed.wait(RECONNECT_S)
-            if self._closed.is_set():
-                return
+        while not self._closed.is_set():
             life = self._life
             if life is not None:
-                self._tell_drained(life)
+                self._watch(life)
+                continue
+            try:
+                self._connect()
+                _log.info("reached the daemon at %s", self.path)
+                told = ""
+            except Exception as error:  # noqa: BLE001 - without this thread there would never be a cache again
+                if not isinstance(error, (ConnectionRefusedError, FileNotFoundError)) and str(error) != told:
+                    told = str(error)
+                    _log.warning("no daemon at %s: %s", self.path, error)
+                self._closed.wait(RECONNECT_S)
+        self._bell.close()
+        self._rope.close()
+
+    def _watch(self, life: Life) -> None:
+        """Until this life is lost."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        poll.register(life.watch.fileno(), select.POLLIN)
+        turn = life.turn
+        while self._life is life and not self._closed.is_set():
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._bell.fileno() in ready:
+                self._bell.recv(4096)
+            if life.watch.fileno() in ready:
+                self._lose(life, turn, ConnectionError("it has closed the connection"))
+            self._tell_drained(life)
+        if self._life is not life:
+            life.watch.close()
+
+    def _fits(self, life: Life, given: Ticket | Reservation, chunks: int) -> bool:
+        """Whether what the daemon gives lies in its segments: a wrong place would be another chunk's bytes."""
+        cells = given.cells
+        if given.boot != life.boot or len(given.extents) != chunks * len(cells) * 16 or not cells:
+            return False
+        if not all(0 <= cell < len(self._cell_bytes) for cell in cells):
+            return False
+        places = given.places()
+        segments, offsets = places[..., 0], places[..., 1]
+        room = np.array([*life.sizes, 1 << SEGMENT_SHIFT])[segments.clip(-1, len(life.sizes))]
+        inside = (offsets >= 0) & (offsets <= room - self._cell_bytes[list(cells)])
+        return bool(((segments < len(life.sizes)) & ((segments < 0) | inside)).all())
 
 
 def _lookup(found: p.Found) -> Lookup:
-    state = LookupState(found.state)
-    boundaries = range(1, found.chunks + 1) if state is LookupState.READY else ()
-    return Lookup(state, boundaries, found.why, found.sources)
+    boundaries = range(1, found.chunks + 1) if found.state is LookupState.READY else ()
+    return Lookup(
+        found.state, boundaries, found.why, found.sources, found=found.found, missing=found.missing, eta_s=found.eta_s
+    )
+
+
+def _short(rid: str) -> str:
+    """Request ids may come from users: of any length, and not even text."""
+    if len(rid) <= p.RID_LIMIT and rid.isascii():
+        return rid
+    return hashlib.sha256(rid.encode(errors="surrogatepass")).hexdigest()
+
+
+def _bounded(seconds: float, most: float) -> float:
+    return min(max(seconds, 0.0), most) if not math.isnan(seconds) else 0.0
+
+
+def _note(asked: dict[str, tuple[int, bytes]], rid: str, sent: tuple[int, bytes]) -> None:
+    if rid not in asked and len(asked) >= _MOST_ASKED:
+        asked.clear()  # they are sent again, no more
+    asked[rid] = sent
+
+
+def _map(descriptors: list[int], welcome: p.Welcome) -> list[Bytes]:
+    """Raises ProtocolError, BackendUnavailable."""
+    sizes = welcome.segments
+    if len(descriptors) != len(sizes) or not all(0 < size < 1 << SEGMENT_SHIFT for size in sizes) or not sizes:
+        raise p.ProtocolError(f"the daemon's welcome names {len(sizes)} segments and brings {len(descriptors)}")
+    try:
+        return list(map_segments(descriptors, list(sizes)))
+    except BackendFormatError as error:  # which would tell of another release
+        raise p.ProtocolError(str(error)) from error
+
+
+def _check_peer(connection: socket.socket, path: Path) -> None:
+    """Who answers must be this user, root, or whose folder it is: in a folder for all, anyone can listen."""
+    _, uid, _ = p.peer_of(connection)
+    if uid not in (0, os.geteuid(), path.parent.stat().st_uid):
+        raise BackendUnavailable(f"user {uid} listens on {path}, in a folder that is not that user's")
 
 
 def _close_all(life: Life) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache_sdk.backend import open_backend
+from lmcache_sdk.config import Config, Tenant, default_socket, format_size
 from lmcache_sdk.core import Limits
+from lmcache_sdk.daemon import protocol as p
+from lmcache_sdk.daemon.client import Channel
 from lmcache_sdk.daemon.server import Server, Settings
+from lmcache_sdk.errors import BackendError, BackendFormatError, BackendUnavailable, ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import logger
+from lmcache_sdk.pool.processes import start_time
 from lmcache_sdk.pool.shared import SharedPool
 from lmcache_sdk.store import Store, Tier
 
 _log = logger("daemon")
 
 DRAIN_S = 30.0
+_HEALTH_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ def daemon(
     tiers: Sequence[str] = (),
     directory: Path | None = None,
     limits: Limits | None = None,
+    tenants: Mapping[str, Tenant] | None = None,
     keep_pool: bool = True,
 ) -> Iterator[Daemon]:
     """A daemon that is ready to serve; ended in order on leaving: writes are drained, the pool is kept.
@@ -53,34 +62,190 @@ def daemon(
     Args:
         tiers: URLs, fastest first.
         directory: of the pool; by default :func:`pool_directory`.
-        keep_pool: leave the pool for the next life.
+        tenants: what each may have of the pool, see :class:`Store`.
+        keep_pool: leave the pool for the next life. Otherwise nothing of it remains, however the process ends.
 
     Raises:
         ConfigError, BackendError: what cannot be opened, and the fix.
     """
+    directory = directory or pool_directory(settings.socket)
+    found = (directory / "control").exists()
     with ExitStack() as undo:
-        pool = SharedPool.open(directory or pool_directory(settings.socket), pool_bytes)
-        undo.callback(lambda: pool.close(keep=keep_pool))
+        started = False
+        pool = SharedPool.open(directory, pool_bytes)
+        # A daemon that does not come up leaves a pool that it found, but none that it made.
+        undo.callback(lambda: pool.close(keep=keep_pool and (found or started)))
         opened: list[Tier] = []
         with ExitStack() as failed:
             for url in tiers:
                 tier = Tier(url.partition("://")[0], open_backend(url))
                 failed.callback(tier.backend.close, 1.0)
                 opened.append(tier)
-            store = Store(opened, pool=pool, limits=limits)
+            store = Store(opened, pool=pool, limits=limits, tenants=tenants)
             failed.pop_all()
         undo.callback(store.close, DRAIN_S)
         server = Server(store, pool, settings)
         undo.callback(server.close)
+        started = True
+        if not keep_pool:
+            pool.disown()
         yield Daemon(pool, store, server)
 
 
 def run(running: Daemon, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT. In the main thread."""
-    started = time.perf_counter()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: running.server.stop())
-    _log.info("ready after %.2f s", time.perf_counter() - started)
-    on_ready()
-    running.server.serve()
+    """Serve until SIGTERM or SIGINT. In the main thread. A second signal ends the process at once."""
+    _calm_collector()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: running.server.stop()) for number in numbers}
+    try:
+        on_ready()
+        running.server.serve()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     _log.info("stopping: writing what is not yet in the tiers")
+
+
+def _calm_collector() -> None:
+    """Look for garbage cycles among young objects only.
+
+    What the daemon keeps lives long, in millions, and without cycles: reference counts free it. Looking through all of
+    it would hold up every client, for half a second where there are a million chunks.
+    """
+    gc.freeze()
+    gc.set_threshold(2_000, 10, 1 << 30)
+
+
+def serve(config: Config, group: int | None = None) -> None:
+    """What ``lmcache-sdk serve`` does: all that is configured, until a signal ends it.
+
+    Args:
+        group: the number of ``config.group``.
+
+    Raises:
+        ConfigError, BackendError: what cannot be opened, and the fix. Then nothing has been changed.
+    """
+    path = Path(config.socket) if config.socket else _own_folder(default_socket())
+    settings = Settings(socket=path, group=group, require_salt=config.require_salt)
+    with ExitStack() as stack:
+        web = None
+        if config.metrics_port:  # before all else: a pool of many GiB takes seconds
+            from prometheus_client import disable_created_metrics
+
+            from lmcache_sdk.daemon.http import MetricsServer
+
+            disable_created_metrics()  # type: ignore[no-untyped-call]  # doubles the series, and Prometheus makes nothing of them
+            web = MetricsServer(config)
+            stack.callback(web.close)
+        running = stack.enter_context(
+            daemon(
+                settings,
+                pool_bytes=config.pool_bytes,
+                tiers=config.tiers,
+                tenants=config.tenants,
+                keep_pool=config.keep_pool,
+            )
+        )
+        if web is not None:
+            web.start(lambda: exposition(running), lambda: answers(path))
+        for advice in useless(config, path):
+            _log.warning("%s", advice)
+
+        def ready() -> None:
+            extra = {"socket": str(path), "pool_bytes": config.pool_bytes, "boot": running.store.boot}
+            started, pool = f"after {_age_s():.2f} s", f"pool of {format_size(config.pool_bytes)}"
+            tiers = ", ".join(tier.name for tier in running.store.tiers) or "no tier"
+            _log.info("ready %s on unix://%s: %s, %s", started, path, pool, tiers, extra=extra)
+            notify("READY=1")
+
+        run(running, ready)
+        notify("STOPPING=1")
+    _log.info("stopped; the pool is %s", "kept for the next start" if config.keep_pool else "gone")
+
+
+def useless(config: Config, path: Path) -> Iterator[str]:
+    """Settings that do less than they seem to."""
+    if not config.tiers:
+        yield "no tier: chunks are in memory only, which a reboot of this machine loses; --tier lmdb:///path adds one"
+    if config.group and not path.parent.stat().st_mode & 0o011:
+        yield (
+            f"members of {config.group} cannot reach {path}, since {path.parent} is closed to them; "
+            "choose a socket in a folder that they may enter, like /run/lmcache-sdk/lmcache-sdk.sock"
+        )
+
+
+def exposition(running: Daemon) -> bytes:
+    """All metrics in Prometheus' text format."""
+    from prometheus_client import generate_latest
+
+    running.store.stats()  # brings the gauges up to date
+    running.store.metrics.clients.set(running.server.client_count)
+    return generate_latest(running.store.metrics.registry)
+
+
+def answers(path: Path, timeout_s: float = _HEALTH_S) -> bool:
+    """Whether the daemon on this socket says hello."""
+    try:
+        ask(path, timeout_s)
+    except LMCacheSDKError:
+        return False
+    return True
+
+
+def ask(path: Path, timeout_s: float = _HEALTH_S) -> p.Figures:
+    """The figures of the daemon on this socket, for a tool that only looks.
+
+    Raises:
+        BackendUnavailable: nobody answers.
+        BackendFormatError: it is of another release.
+    """
+    channel = None
+    try:
+        channel = Channel(path, timeout_s)
+        reply = channel.call(p.Hello(p.PROTOCOL_VERSION), timeout_s)
+        if isinstance(reply, p.Welcome):
+            reply = channel.call(p.Ask(), timeout_s)
+        if isinstance(reply, p.Refused):
+            raise (BackendFormatError if reply.kind == "version" else BackendUnavailable)(reply.message)
+        if not isinstance(reply, p.Figures):
+            raise p.ProtocolError(f"expected figures, got {type(reply).__name__}")
+        return reply
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise BackendUnavailable(
+            f"no daemon on {path}; start one with lmcache-sdk serve, or name its --socket"
+        ) from error
+    except BackendError:
+        raise
+    except (OSError, p.ProtocolError) as error:
+        raise BackendUnavailable(f"the daemon on {path} does not answer: {error}") from error
+    finally:
+        if channel is not None:
+            channel.close()
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.sendto(state.encode(), address)
+
+
+def _own_folder(path: Path) -> Path:
+    """Make the folder of the default socket if it is one in /tmp; see :func:`default_socket`."""
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create {path.parent} for the socket: {error.strerror}") from error
+    if path.parent != Path(os.environ.get("XDG_RUNTIME_DIR", "")):
+        _log.info("no XDG_RUNTIME_DIR: the socket is %s", path)
+    return default_socket()  # checks whose folder that is now
+
+
+def _age_s() -> float:
+    """How long this process has been there."""
+    ticks = start_time(os.getpid()) or 0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Least recently used first."""
+"""Least recently used first, whoever it belongs to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ class LRU(Generic[T]):
     def discard(self, item: T) -> None:
         self._ticks.pop(item, None)
 
-    def victim(self) -> T | None:
+    def charge(self, tenant: str, nbytes: int) -> None:
+        """All tenants are one."""
+
+    def full(self, tenant: str, nbytes: int) -> bool:
+        return False
+
+    def victim(self, tenant: str = "", nbytes: int = 0) -> T | None:
         while self._heap:
             tick, _, item = heappop(self._heap)
             if self._ticks.get(item) == tick:

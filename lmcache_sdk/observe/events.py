@@ -46,6 +46,11 @@ class EventLog:
             self._events.append(Event(self._next, stored, namespace, digest, parent, reason))
             self._next += 1
 
+    @property
+    def last(self) -> int:
+        """The sequence of the last event; 0 if there was none."""
+        return self._next - 1
+
     def after(self, sequence: int, limit: int) -> tuple[tuple[Event, ...], bool]:
         """At most ``limit`` events after ``sequence``, and whether earlier ones that the reader lacks are lost."""
         with self._lock:

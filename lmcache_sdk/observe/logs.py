@@ -1,17 +1,50 @@
-"""Loggers. A library does not configure logging; the command line and engine processes call :func:`log_to_stderr`."""
+"""Loggers. A library does not configure logging; the command line and engine processes call :func:`log_to_stderr`.
+
+Messages name keys, sizes and processes; never token ids. URLs may hold passwords, which are masked as a line is
+written.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import msgspec
 
 ROOT = "lmcache_sdk"
+FORMATS = ("text", "json")
+
+_USER_AND_PASSWORD = re.compile(r"://[^/\s]*@")
+_SECRET_PARAMETER = re.compile(r"([?&][\w.-]*(?:password|secret|token|key)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
 def logger(name: str) -> logging.Logger:
     """``logger("store")`` is ``lmcache_sdk.store``."""
     return logging.getLogger(f"{ROOT}.{name}")
+
+
+def masked(text: str) -> str:
+    """Text as it may be shown: its URLs without users, passwords and secret parameters."""
+    return _SECRET_PARAMETER.sub(r"\1…", _USER_AND_PASSWORD.sub("://…@", text))
+
+
+def log_to_stderr(level: str = "INFO", style: str = "text") -> None:
+    """One line a message on stderr, for people (``text``) or programs (``json``).
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    root = logging.getLogger(ROOT)
+    root.setLevel(level.upper())
+    handler = next((handler for handler in root.handlers if isinstance(handler, _Stderr)), None)
+    if handler is None:
+        handler = _Stderr()
+        root.addHandler(handler)
+    handler.setFormatter(_Json() if style == "json" else _Text())
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -25,11 +58,27 @@ class _Stderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-def log_to_stderr(level: str = "INFO") -> None:
-    """One line a message on stderr. Raises ValueError for an unknown level."""
-    root = logging.getLogger(ROOT)
-    root.setLevel(level.upper())
-    if not any(isinstance(handler, _Stderr) for handler in root.handlers):
-        handler = _Stderr()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-        root.addHandler(handler)
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+class _Json(logging.Formatter):
+    """One object a line: ts, level, logger, message; exception; and whatever was given as ``extra``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": masked(record.getMessage()),
+        }
+        for name, value in record.__dict__.items():
+            if name not in _STANDARD:
+                line[name] = value if isinstance(value, int | float) else masked(str(value))
+        if record.exc_info:
+            line["exception"] = masked(self.formatException(record.exc_info))
+        return msgspec.json.encode(line).decode()

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache_sdk.core.extents import ALIGNMENT, SEGMENT_SHIFT
+from lmcache_sdk.core.extents import ALIGNMENT, SEGMENT_SHIFT, ByAddress
 from lmcache_sdk.errors import BackendFormatError
 from lmcache_sdk.pool import segment_sizes
 from lmcache_sdk.pool.mapping import is_complete
@@ -147,7 +147,7 @@ class Journal:
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("Q")
         self._slots = geometry.slots
-        self._slot_of: dict[int, int] = {}  # address -> index of the slot's second word
+        self._slot_of = ByAddress()  # index of the slot's second word
         self.recovered = self._read_slots(descriptor, geometry.sizes)
         self._clients: dict[bytes, int] = {}  # row -> its first word
         self.earlier_clients = self._read_clients()
@@ -296,7 +296,7 @@ class Journal:
         if (place[:-1] + units[:-1] > place[1:]).any():
             raise ControlBroken("extents overlap")
         addresses = (place << np.uint64(_UNIT_BITS)).tolist()
-        self._slot_of = dict(zip(addresses, ats.tolist(), strict=True))
+        self._slot_of = ByAddress(zip(addresses, ats.tolist(), strict=True))
         nbytes = (units << np.uint64(_UNIT_BITS)).tolist()
         states = [ExtentState.BUSY if value == _BUSY else ExtentState.SEALED for value in state.tolist()]
         leases = (body & np.uint64(_MOST_LEASES)).tolist()

@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
@@ -164,7 +165,17 @@ class SharedPool:
         Takes 0.4 to 3 s per GiB, the more the harder it is for the kernel to find huge pages; in slices, so that it
         can run in a thread beside the daemon's work. What is touched before its turn has come is provided then.
         """
-        return all(prefault(segment, stop) for segment in list(self.segments))
+        started = time.monotonic()
+        if not all(prefault(segment, stop) for segment in list(self.segments)):
+            return False
+        _log.info("pool memory provided: %s in %.1f s", format_size(sum(self.sizes)), time.monotonic() - started)
+        return True
+
+    def disown(self) -> None:
+        """There is no next life: delete the files' names now. However this process ends, nothing remains of the pool
+        but an empty directory; who has it mapped, or gets its descriptors, uses it as before.
+        """
+        self._home.wipe()
 
     def descriptors(self) -> list[int]:
         """Of the segments, to be passed to clients. They stay the pool's."""

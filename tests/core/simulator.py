@@ -1,4 +1,5 @@
-"""A seeded world around the core: tiers that fail, forget and answer late, engines that come and go, a small pool.
+"""A seeded world around the core: tiers that fail, forget and answer late, engines that come and go, tenants that flood
+a small pool.
 
 The pool's memory is modelled as address -> what was last written there, so that a use of memory under a lease by
 somebody else shows as wrong content.
@@ -26,6 +27,7 @@ from lmcache_sdk.core import (
     StartJob,
 )
 from lmcache_sdk.core.extents import Extents
+from lmcache_sdk.eviction import Fair
 from lmcache_sdk.keys import Chain, Origin
 
 CHUNK = 2
@@ -37,6 +39,36 @@ class Leased:
     parts: set[int]
     contents: list[tuple[int, tuple[bytes, int]]]  # address -> (digest, cell) that must be there
     earlier: bool = False  # given by a daemon that has died since
+
+
+class WatchedFair(Fair[Entry]):
+    """Holds every eviction to the rules between tenants, computed from the core's own state."""
+
+    core: Core
+
+    def __init__(self, pool_bytes: int, weights: dict[str, int], quotas: dict[str, int]) -> None:
+        super().__init__(pool_bytes, weights=weights, quotas=quotas)
+        self.pool_bytes, self.weights, self.quotas = pool_bytes, weights, quotas
+
+    def victim(self, tenant: str, nbytes: int) -> Entry | None:
+        usage = self.core.usage
+        present = {*usage, tenant}
+        level = self.pool_bytes / sum(self.weights.get(name, 1) for name in present)
+
+        def above(name: str, more: int = 0) -> bool:
+            return (usage[name] + more) / self.weights.get(name, 1) > level
+
+        evictable = {e.tenant for s in self.core.spaces.values() for e in s.entries.values() if e in self}
+        victim = super().victim(tenant, nbytes)
+        giver = victim.tenant if victim is not None else None
+        if usage[tenant] + nbytes > self.quotas.get(tenant, self.pool_bytes):
+            assert giver in (None, tenant), "room beyond a quota is one's own"
+        elif giver is None:
+            assert tenant not in evictable and not any(above(name) for name in evictable)
+        elif giver != tenant and not above(giver):
+            assert not above(tenant, nbytes), "who is above its share took from who is not"
+            assert not any(above(name) for name in evictable), "somebody else is above its share"
+        return victim
 
 
 class Simulator:
@@ -54,7 +86,10 @@ class Simulator:
             queue_bytes=0,
         )
         self.seal = bool(self.tier_names) or r.random() < 0.5
-        self.core = Core(Extents(self.sizes), self.tier_names, limits=self.limits, seal=self.seal)
+        self.tenants = ["", "a", "b", "c"][: r.randint(1, 4)]
+        self.weights = {"a": r.choice([1, 3])}
+        self.quotas = {"b": r.choice([256, 512])} if r.random() < 0.5 else {}
+        self.core = self.new_core()
         cells = [[64], [64, 64], [64, 192]]
         self.spaces = [
             self.core.open_space(Origin(f"{i:032x}", f"{i:016x}"), r.choice(cells)) for i in range(r.randint(1, 2))
@@ -73,14 +108,21 @@ class Simulator:
         self.rids: list[str] = []
         self.resolved: set[Request] = set()
 
+    def new_core(self) -> Core:
+        policy = WatchedFair(sum(self.sizes), self.weights, self.quotas)
+        extents = Extents(self.sizes)
+        core = policy.core = Core(extents, self.tier_names, limits=self.limits, policy=policy, seal=self.seal)
+        return core
+
     def chain(self) -> Chain:
         """Prefixes of few texts that share beginnings."""
         r = self.random
+        tenant = r.choice(self.tenants)
         tokens = [0] * (CHUNK * r.randint(0, 3)) + [r.randint(1, 2)] * (CHUNK * r.randint(0, 6))
         if r.random() < 0.1:
             digests = Chain(tokens, CHUNK).digests()
-            return Chain.from_digests(digests[r.randint(0, len(digests)) :], CHUNK)
-        return Chain(tokens, CHUNK)
+            return Chain.from_digests(digests[r.randint(0, len(digests)) :], CHUNK, tenant=tenant)
+        return Chain(tokens, CHUNK, tenant=tenant)
 
     def step(self) -> None:
         r = self.random
@@ -104,6 +146,7 @@ class Simulator:
                 self.crash,
                 self.earlier_gone,
                 self.late_write,
+                self.flood,
                 self.rot,
             ]
         )
@@ -127,6 +170,10 @@ class Simulator:
 
     def check(self) -> None:
         self.core.check_integrity()
+        for request in self.core.requests.values():
+            if request.state is RequestState.PENDING:
+                assert request.goals, "it waits for reads"
+                assert (self.core.eta_s(request, self.now) or 0.0) >= 0.0
         awaited = {entry for job in self.core.jobs.values() if not job.abandoned for entry in job.entries}
         for space in self.spaces:
             for entry in space.entries.values():
@@ -134,6 +181,7 @@ class Simulator:
         for lease in self.leases:
             for address, content in lease.contents:
                 assert self.memory.get(address) == content, f"lease {lease.id}: other bytes at {address:#x}"
+        assert all(self.core.usage[tenant] <= quota for tenant, quota in self.quotas.items())
 
     # What engines do
 
@@ -197,13 +245,27 @@ class Simulator:
         first = r.randint(0, max(0, len(chain) - 1)) if r.random() < 0.3 else 0
         digests = chain.digests()
         parent = digests[first - 1] if first else None
-        answer = self.core.reserve(space, digests[first : first + r.randint(0, 9)], first, cells, parent=parent)
+        some = digests[first : first + r.randint(0, 9)]
+        answer = self.core.reserve(space, some, first, cells, parent=parent, tenant=chain.tenant)
         if answer is not None:
             number, reserved = answer
             for chunk, entry in reserved.entries.items():
                 assert entry.digest == chain.digests()[chunk]
                 self.write(entry, reserved.cells[chunk], good=False)
             self.reservations.append((number, reserved, cells))
+
+    def flood(self) -> None:
+        """One tenant stores texts that nobody else has, one after another."""
+        tenant, space = self.random.choice(self.tenants), self.random.choice(self.spaces)
+        cells = tuple(range(len(space.cell_bytes)))
+        for _ in range(self.random.randint(1, 6)):
+            text = [self.random.randint(3, 1 << 30)] * (CHUNK * 2)
+            answer = self.core.reserve(space, Chain(text, CHUNK).digests(), 0, cells, tenant=tenant)
+            if answer is not None:
+                number, reserved = answer
+                for entry in reserved.entries.values():
+                    self.write(entry, cells, good=True)
+                self.core.publish(number, None, self.now)
 
     def finish_store(self) -> None:
         if not self.reservations:
@@ -259,7 +321,12 @@ class Simulator:
     def finish_job(self) -> None:
         if not self.jobs:
             return
-        job = self.jobs.pop(self.random.randrange(len(self.jobs)))
+        job = self.random.choice(self.jobs)
+        if not job.started:
+            self.core.job_started(job, self.now)
+            if self.random.random() < 0.3:
+                return
+        self.jobs.remove(job)
         trouble = self.random.random() < 0.15
         results = []
         for entry in job.entries:
@@ -301,7 +368,7 @@ class Simulator:
         for lease in self.leases:
             lease.earlier = True
         self.jobs, self.probes, self.reservations = [], [], []
-        self.core = Core(Extents(self.sizes), self.tier_names, limits=self.limits, seal=self.seal)
+        self.core = self.new_core()
         self.spaces = [self.core.open_space(space.origin, space.cell_bytes) for space in self.spaces]
         adopted: set[Entry] = set()
         for address, nbytes in sorted(old.extents.allocations()):

@@ -1,6 +1,8 @@
 """The conformance suite on the built-in backends, and on the example of the documentation."""
 
+import importlib
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from lmcache_backends.lmdb import LMDBBackend
 from lmcache_backends.memory import MemoryBackend
 from lmcache_backends.noop import NoopBackend
-from lmcache_sdk.backend import Backend, Miss, Scan, Url, Usage
+from lmcache_sdk.backend import Backend, Miss, Scan, Url, Usage, open_backend
 from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
 from lmcache_sdk.testing.backends import BackendTests, item, read
 from lmcache_sdk.testing.faulty import Faults, FaultyBackend
@@ -221,3 +223,29 @@ def test_close_leaves_a_late_call_to_end() -> None:
         job.result(timeout=10)
     assert released.is_set()
     assert calls.close(0)
+
+
+def test_an_installed_package_adds_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not replace one of ours."""
+    info = tmp_path / "fake_backend-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-backend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lmcache_sdk.backends]\nfake = fake_backend:Fake\nmemory = fake_backend:Fake\n"
+        "broken = fake_backend:Absent\nlost = no_such_module_here:Lost\n"
+    )
+    (tmp_path / "fake_backend.py").write_text(
+        "from lmcache_backends.memory import MemoryBackend\nclass Fake(MemoryBackend):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    opened = open_backend("fake://?size=1MiB")
+    assert type(opened).__name__ == "Fake"
+    opened.close(1.0)
+    ours = open_backend("memory://")
+    assert type(ours) is MemoryBackend
+    ours.close(1.0)
+    for scheme, what in (("broken", "Absent"), ("lost", "no_such_module_here")):
+        with pytest.raises(ConfigError, match=f"fake-backend, does not load: .*{what}"):
+            open_backend(f"{scheme}://")
+    del sys.modules["fake_backend"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_sdk.config import Config, cache_home, format_size, load_config, parse_size
+from lmcache_sdk.config import Config, Tenant, cache_home, format_size, load_config, parse_size
 from lmcache_sdk.errors import ConfigError
 
 GiB = 1 << 30
@@ -47,13 +47,18 @@ def test_each_setting_comes_from_where_it_is_set(tmp_path: Path) -> None:
 def test_every_setting_can_come_from_everywhere(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "url": "lmdb:///x", "pool_bytes": 1 << 20, "chunk_tokens": 16, "layers_per_cell": 2, "heads_per_cell": 1,
-        "wait_s": 0.5, "log_level": "DEBUG",
+        "wait_s": 0.5, "log_level": "DEBUG", "log_format": "json", "socket": "/run/kv.sock", "group": "users",
+        "tiers": ("lmdb:///a?size=1GiB", "memory://"), "require_salt": True, "keep_pool": False, "metrics_port": 9100,
+        "metrics_host": "::1", "metrics_token_file": "/t", "metrics_cert": "/c", "metrics_key": "/k",
+        "tenants": {"a": Tenant(quota=1 << 20, weight=2)},
     }  # fmt: skip
     assert set(values) == set(Config.__struct_fields__)
     expected = Config(**values)
     assert load_config(values, environment={}) == expected
-    assert load_config(environment={f"LMCACHE_SDK_{k.upper()}": str(v) for k, v in values.items()}) == expected
-    file = write(tmp_path / "c.yaml", "".join(f"{k}: {v}\n" for k, v in values.items()))
+    texts = values | {"tiers": "lmdb:///a?size=1GiB memory://", "tenants": "{a: {quota: 1MiB, weight: 2}}"}
+    assert load_config(environment={f"LMCACHE_SDK_{k.upper()}": str(v) for k, v in texts.items()}) == expected
+    assert load_config(values | {"tiers": list(values["tiers"])}, environment={}) == expected
+    file = write(tmp_path / "c.yaml", "".join(f"{k}: {v}\n" for k, v in texts.items()))
     assert load_config(file=file, environment={}) == expected
 
 

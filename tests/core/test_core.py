@@ -6,17 +6,18 @@ import os
 
 import pytest
 
-from lmcache_sdk.core import Breaker, Core, EntryState, Limits, RequestState, Resolved, StartJob
+from lmcache_sdk.core import Breaker, Core, EntryState, Job, Limits, Request, RequestState, Resolved, StartJob
 from lmcache_sdk.core.extents import Extents
 from lmcache_sdk.keys import Chain, Origin
 from tests.core.simulator import Simulator
 
-SCHEDULES = 1200
+SCHEDULES = 2000
+BLOCKS = 10
 BASE_SEED = int(os.environ.get("LMCACHE_SDK_SEED", "20261124"))
 ORIGIN = Origin("0" * 32, "1" * 16)
 
 
-def run(seed: int, steps: int = 120) -> None:
+def run(seed: int, steps: int = 80) -> None:
     simulator = Simulator(seed)
     try:
         for _ in range(steps):
@@ -27,9 +28,9 @@ def run(seed: int, steps: int = 120) -> None:
         raise
 
 
-@pytest.mark.parametrize("block", range(12))
+@pytest.mark.parametrize("block", range(BLOCKS))
 def test_simulated_schedules(block: int) -> None:
-    size = SCHEDULES // 12
+    size = SCHEDULES // BLOCKS
     for seed in range(BASE_SEED + block * size, BASE_SEED + (block + 1) * size):
         run(seed)
 
@@ -38,7 +39,7 @@ def test_simulated_schedules(block: int) -> None:
 @pytest.mark.timeout(1200)
 def test_many_simulated_schedules() -> None:
     for seed in range(BASE_SEED + 100_000, BASE_SEED + 120_000):
-        run(seed)
+        run(seed, steps=120)
 
 
 def chain(chunks: int, first: int = 0) -> Chain:
@@ -129,6 +130,60 @@ def test_one_load_serves_all_who_wait_for_it() -> None:
         ("a", RequestState.READY, 2, "load failed"),
         ("b", RequestState.READY, 2, "load failed"),
     ]
+    core.check_integrity()
+
+
+def test_a_pending_lookup_says_how_long_it_takes_once_the_tier_has_shown_its_speed() -> None:
+    core = make(64, (("disk", True), ("net", True)), batch_bytes=64)
+    space = core.spaces[ORIGIN]
+
+    def look(rid: str, first: int, tier: int, now: float, chunks: int = 4) -> tuple[Request, list[Job]]:
+        request = core.lookup(space, rid, chain(chunks, first), now)
+        core.actions.clear()
+        for asked in range(tier + 1):
+            core.probed(request, asked, chunks if asked == tier else 0, now)
+        jobs = [action.job for action in core.actions if isinstance(action, StartJob)]
+        core.actions.clear()
+        return request, jobs
+
+    first, jobs = look("first", 0, 0, 0.0)
+    assert len(jobs) == 4
+    assert core.eta_s(first, 0.0) is None
+    for number, job in enumerate(jobs, start=1):  # two seconds for each chunk
+        core.job_done(job, [True], 2.0 * number)
+    second, jobs = look("second", 100, 0, 100.0)
+    assert core.eta_s(second, 100.0) == pytest.approx(8.0)
+    joined = core.lookup(space, "joined", chain(4, 100), 100.0)
+    assert joined.state is RequestState.PENDING
+    assert core.eta_s(joined, 100.0) == pytest.approx(8.0), "it waits for the same reads"
+    core.job_done(jobs[0], [True], 102.0)
+    assert core.eta_s(second, 102.0) == pytest.approx(6.0)
+    behind, _ = look("behind", 200, 0, 102.0)
+    assert core.eta_s(behind, 102.0) == pytest.approx(14.0), "after those that were asked for before"
+    assert core.eta_s(second, 102.0) == pytest.approx(6.0)
+    other, _ = look("other", 300, 1, 102.0)
+    assert core.eta_s(other, 102.0) is None, "nothing has come from that tier yet"
+    core.check_integrity()
+
+
+def test_reads_that_queue_have_time_to_queue_and_hung_ones_have_not() -> None:
+    core = make(64, (("disk", True),), batch_bytes=64, fetch_s=5.0)
+    request = core.lookup(core.spaces[ORIGIN], "r", chain(30), 0.0)
+    core.probed(request, 0, 30, 0.0)
+    jobs = [action.job for action in core.actions if isinstance(action, StartJob)]
+    for number, job in enumerate(jobs[:20], start=1):  # a second for each
+        core.tick(float(number))
+        core.job_done(job, [True], float(number))
+    assert not core.counters["abandoned_jobs.disk"]
+    core.tick(24.9)
+    assert [job.abandoned for job in jobs[20:22]] == [False, False]
+    core.tick(27.1)
+    assert [job.abandoned for job in jobs[20:23]] == [True, True, False], "they had their time, and five seconds more"
+    assert request.limit == 20
+    core.tick(36.0)
+    assert all(job.abandoned for job in jobs[20:])
+    for job in jobs[20:]:
+        core.job_done(job, [True], 40.0)
     core.check_integrity()
 
 

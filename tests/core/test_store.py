@@ -427,7 +427,7 @@ class ZlibCodec:
 
 
 def test_a_codec_between_pool_and_tier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_sdk.store.codec_by_name", lambda name: {"zlib": ZlibCodec()}[name])
+    monkeypatch.setattr("lmcache_sdk.jobs.codec_by_name", lambda name: {"zlib": ZlibCodec()}[name])
     backend = MemoryBackend()
     lives = []
     for _ in range(2):
@@ -455,6 +455,81 @@ def test_a_lossy_codec_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="lossy"):
         Store([Tier("memory", MemoryBackend(), Lossy())], pool_bytes=1 << 20)
+
+
+def lives(backend: MemoryBackend, *prompts: np.ndarray, hit: np.ndarray | None = None) -> None:
+    """Store prompts one after another in one life of a store over this tier, using ``hit`` again between them."""
+    limits = Limits(batch_bytes=1)
+    cache = LocalCache(Store([Tier("memory", backend)], pool_bytes=1 << 20, limits=limits), namespace(), PRODUCER)
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    for prompt in prompts:
+        store(cache, engine, connector, prompt)
+        assert cache.drain(10)
+        if hit is not None:
+            load(cache, connector, hit, slots_of(2, len(hit)))
+    assert cache.drain(10)
+    connector.close()
+    cache.store.check_integrity()
+
+
+def left(backend: MemoryBackend, prompt: np.ndarray) -> int:
+    """How many chunks of it a new life finds in the tier."""
+    cache = LocalCache(Store([Tier("memory", backend)], pool_bytes=1 << 20), namespace(), PRODUCER)
+    cache.lookup("left", Chain(prompt, CHUNK))
+    return cache.wait("left", 10).chunks
+
+
+def test_a_tier_that_is_too_small_keeps_the_front_of_a_prefix() -> None:
+    backend = MemoryBackend(3 * RECORD + RECORD // 2)
+    lives(backend, TOKENS)
+    assert left(backend, TOKENS) == 2  # the third place went to the last chunk
+
+
+def test_hits_in_the_pool_keep_a_prefix_in_the_tier() -> None:
+    prompts = [tokens_of(seed, 2 * CHUNK) for seed in range(50, 54)]
+    backend = MemoryBackend(6 * RECORD + RECORD // 2)
+    lives(backend, *prompts, hit=prompts[0])
+    assert left(backend, prompts[0]) == 2
+    assert left(backend, prompts[1]) < 2
+
+
+def test_an_interrupt_loses_no_action(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_it("memory://")
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    store(cache, engine, connector, TOKENS)
+    assert cache.drain(10)
+    carry_out, interrupts = cache.store._carry_out, [KeyboardInterrupt]
+
+    def interrupted(action: object) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        carry_out(action)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache.store, "_carry_out", interrupted)
+    other = Chain(tokens_of(7, 2 * CHUNK), CHUNK)
+    reservation = cache.reserve("a", other, 0, 2)
+    assert reservation is not None
+    with pytest.raises(KeyboardInterrupt):
+        cache.publish(reservation)
+    cache.forget("a")  # any event
+    assert cache.drain(10), "the checksum's job was started after all"
+    connector.close()
+    cache.close()
+
+
+def test_a_closed_connector_gives_its_lease_back(cache: LocalCache) -> None:
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    chain = store(cache, engine, connector, TOKENS)
+    cache.lookup("a", chain)
+    ticket = cache.claim("a", 5)
+    assert ticket is not None
+    connector.close()
+    transfer = connector.load(ticket, slots_of(2, 5 * CHUNK))
+    assert transfer.done() and list(transfer.failed_chunks()) == [0, 1, 2, 3, 4]
+    assert cache.stats().leases == 0
 
 
 # Bad input, before anything is written

@@ -62,7 +62,7 @@ def test_it_tokenizes(process: EngineHarness) -> None:
         ("generate", {"ids": [], "max_new_tokens": 1}, "ConfigError: the prompt is empty"),
         ("generate", {"ids": [3] * 2048, "max_new_tokens": 1}, "context of 2048"),
         ("generate", {"ids": [3], "max_new_tokens": 1, "colour": "red"}, "colour"),
-        ("generate", {"ids": 3, "max_new_tokens": 1}, "TypeError"),
+        ("generate", {"ids": 3, "max_new_tokens": 1}, "ConfigError"),
         ("dance", {}, "unknown op 'dance'"),
     ],
 )

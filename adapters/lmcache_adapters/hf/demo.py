@@ -1,4 +1,5 @@
-"""The demonstration: three questions on one long document, without a cache, then from a store in a new process.
+"""The demonstration: three questions on one long document, without a cache, then from a store in a new process; and
+the first of them through a daemon, while the engine and then the daemon are killed and started again.
 
 Each phase is an engine process of its own, and each begins with a small unrelated generation, so that what is
 initialised at first use is in no figure. All phases get the same token ids; TTFT is from there to the first token.
@@ -6,8 +7,12 @@ initialised at first use is in no figure. All phases get the same token ids; TTF
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +39,10 @@ WARM_UP_TOKENS = 96
 ANSWER_TIMEOUT_S = 900.0
 # A store's map is sparse, so this is a bound and not a cost.
 STORE_SIZE = "20GiB"
+# The daemon's pool, in times of the KV of the questions: one client may hold half of it.
+POOL_FACTOR = 3
+POOL_BYTES_UNKNOWN_STORE = 1 << 30
+DAEMON_TIMEOUT_S = 30.0
 
 Progress = Callable[[str], None]
 
@@ -82,16 +91,28 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """The first question again, after something was killed and started again."""
+
+    event: str
+    answer: Answer
+    tokens_equal: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was measured."""
+    """Everything that was measured. ``restarts`` is empty if the part with the daemon was left out."""
 
     rows: list[Row]
     store_bytes: int
+    restarts: Sequence[Restart] = ()
 
     @property
     def passed(self) -> bool:
-        """Every question had the same answer, and something came from the store."""
-        return all(row.tokens_equal and row.warm.cached_tokens > 0 for row in self.rows)
+        """Every question had the same answer, and something came from the store, or the daemon's memory."""
+        answers = [(row.warm, row.tokens_equal) for row in self.rows]
+        answers += [(restart.answer, restart.tokens_equal) for restart in self.restarts]
+        return all(tokens_equal and answer.cached_tokens > 0 for answer, tokens_equal in answers)
 
     def summary(self) -> dict[str, float | int | bool]:
         """See :class:`Summary`."""
@@ -116,9 +137,10 @@ def measure(
     tokens: int,
     new_tokens: int,
     options: Sequence[str] = (),
+    daemon: bool = True,
     progress: Progress,
 ) -> Report:
-    """Run the three phases.
+    """Run the phases.
 
     Args:
         model: a model directory or hub id.
@@ -126,6 +148,7 @@ def measure(
         tokens: the document has at least this many.
         new_tokens: tokens of each answer.
         options: further arguments of the engine process (``--dtype``, ``--device``).
+        daemon: with the part that kills things.
 
     Raises:
         ConfigError: the document and an answer do not fit the model's context.
@@ -153,7 +176,14 @@ def measure(
         Row(question, len(prompt), cold_answer, warm_answer)
         for question, prompt, cold_answer, warm_answer in zip(QUESTIONS, prompts, cold, warm, strict=True)
     ]
-    return Report(rows, sum(tier["used_bytes"] for tier in stats["tiers"]))
+    store_bytes = sum(tier["used_bytes"] for tier in stats["tiers"])
+    restarts: list[Restart] = []
+    if daemon:
+        try:
+            restarts = _restarts(command, rows[0], prompts[0], new_tokens, store_bytes, progress)
+        except DaemonMissing as error:
+            progress(f"Daemon: this part is left out: {error}")
+    return Report(rows, store_bytes, restarts)
 
 
 def plot(report: Report, file: Path) -> None:
@@ -180,6 +210,88 @@ def plot(report: Report, file: Path) -> None:
     axes.margins(y=0.2)  # room for the legend above the bars
     axes.legend()
     figure.savefig(file)
+
+
+class DaemonMissing(Exception):
+    """The daemon cannot run here; the message says why."""
+
+
+class _Daemon:
+    """``lmcache-sdk serve`` without a tier: what comes from it comes from its memory."""
+
+    def __init__(self, socket: Path, pool_bytes: int) -> None:
+        self.url = f"unix://{socket}"
+        self._socket = socket
+        self._log = socket.with_name("log")
+        self._command = [sys.executable, "-c", "from lmcache_sdk.cli import main; main()"]
+        self._command += ["serve", "--socket", str(socket), "--pool", str(pool_bytes)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers. Raises DaemonMissing."""
+        from lmcache_sdk.daemon.serve import answers
+
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        deadline = time.monotonic() + DAEMON_TIMEOUT_S
+        while not answers(self._socket):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise DaemonMissing(self._log.read_text(errors="replace").strip() or "it does not answer")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL. Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def _daemon(pool_bytes: int) -> Iterator[_Daemon]:
+    """A daemon that runs; nothing of it is left afterwards."""
+    from lmcache_sdk.daemon.serve import pool_directory
+    from lmcache_sdk.pool.shared import SharedPool
+
+    with tempfile.TemporaryDirectory(prefix="lmcache-sdk-") as folder:
+        socket = Path(folder) / "s"
+        daemon = _Daemon(socket, pool_bytes)
+        try:
+            daemon.start()
+            yield daemon
+        finally:
+            daemon.kill()
+            SharedPool.remove(pool_directory(socket))
+
+
+def _restarts(
+    command: Sequence[str], row: Row, prompt: list[int], new_tokens: int, store_bytes: int, progress: Progress
+) -> list[Restart]:
+    """Ask one question through a daemon, kill the engine, ask again; kill the daemon, ask again."""
+
+    def ask(engine: EngineHarness, event: str) -> Restart:
+        (answer,) = _ask(engine, [prompt], new_tokens, "Daemon", progress)
+        return Restart(event, answer, answer.token_ids == row.cold.token_ids)
+
+    progress("Daemon: starting it, and an engine that fills it")
+    with _daemon(POOL_FACTOR * store_bytes or POOL_BYTES_UNKNOWN_STORE) as daemon:
+        with EngineHarness([*command, "--cache", daemon.url]) as engine:
+            ask(engine, "filling")
+            engine.flush(ANSWER_TIMEOUT_S)
+            progress("Daemon: killing the engine, and starting a new one")
+            engine.kill()
+        with EngineHarness([*command, "--cache", daemon.url]) as engine:
+            restarts = [ask(engine, "engine killed, new engine")]
+            progress("Daemon: killing the daemon, and starting a new one; the engine goes on")
+            daemon.kill()
+            daemon.start()
+            deadline = time.monotonic() + DAEMON_TIMEOUT_S
+            while not (engine.stats() or {"pool": {"total_bytes": 0}})["pool"]["total_bytes"]:
+                if time.monotonic() > deadline:
+                    raise DaemonMissing("the engine does not find it again")
+                time.sleep(0.02)
+            restarts.append(ask(engine, "daemon killed, new daemon"))
+            engine.stop()
+    return restarts
 
 
 def _ask(

@@ -81,6 +81,8 @@ class Model:
             ConfigError: nothing to encode, ids outside the vocabulary, or a tokenizer or template that is
             missing.
         """
+        if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
+            raise ConfigError(f"a prompt is text, messages or token ids, not {prompt!r}")
         if isinstance(prompt, str):
             ids = self._tokenizer_for("text")(prompt)["input_ids"] if prompt else []
         elif len(prompt) and isinstance(prompt[0], Mapping):
@@ -100,6 +102,9 @@ class Model:
         tokenizer = self._tokenizer_for("messages")
         if not tokenizer.chat_template:
             raise ConfigError(f"{self.namespace.label} has no chat template; give the prompt as text or token ids")
+        for message in messages:
+            if not {"role", "content"} <= message.keys():
+                raise ConfigError(f"a message has a role and content, this has not: {message!r}")
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from lmcache_adapters.hf.memory import KVMemory
 from lmcache_adapters.hf.model import Model
-from lmcache_sdk.api import Cache, LookupState, Transfer
+from lmcache_sdk.api import Cache, Lookup, LookupState, Transfer
 from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.keys import Chain
+from lmcache_sdk.patience import PrefillSpeed, worth_waiting
 
 logger = logging.getLogger("lmcache_sdk.hf")
 
 EXACT = "exact"
+_LOOK_S = 0.01  # how often a request that waits asks whether that is still worth while
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +48,21 @@ class ReusableMemory:
 
     Args:
         slots: tokens that the memory holds.
-        timeout_s: how long a request waits for its lookup, and again for its load, before it computes instead.
+        timeout_s: how long a request waits at most for its lookup, and again for its load, before it computes instead.
+        always_wait: so long, also where computing is sooner done.
+
+    Attributes:
+        speed: how fast this engine computes; told by its owner.
 
     Raises:
         LayoutError: the connector's proof at registration failed.
     """
 
-    def __init__(self, model: Model, cache: Cache | None, slots: int, timeout_s: float) -> None:
+    def __init__(
+        self, model: Model, cache: Cache | None, slots: int, timeout_s: float, *, always_wait: bool = False
+    ) -> None:
+        self.speed = PrefillSpeed()
+        self._always_wait = always_wait
         self._model = model
         self._cache = cache
         self._timeout_s = timeout_s
@@ -69,7 +79,7 @@ class ReusableMemory:
             # The last request's chunks may still be on their way out of these slots.
             self._connector.fence(None)
             try:
-                restored = self._restore(rid, chain, usable_chunks)
+                restored = self._restore(rid, chain, usable_chunks) if usable_chunks else restored
             except Exception as error:  # noqa: BLE001 -- a cache that fails is a slower engine, never a broken one
                 self._give_up(error)
         self.memory.rewind(restored.chunks * chain.chunk_tokens)
@@ -111,9 +121,7 @@ class ReusableMemory:
         assert cache is not None
         assert connector is not None
         begin = time.perf_counter()
-        lookup = cache.lookup(rid, chain)
-        if lookup.state == LookupState.PENDING:
-            lookup = cache.wait(rid, self._timeout_s)
+        lookup = self._look(cache, rid, chain, usable_chunks)
         boundary = max((chunks for chunks in lookup.boundaries if chunks <= usable_chunks), default=0)
         ticket = cache.claim(rid, boundary) if boundary else None
         if ticket is None:
@@ -126,6 +134,29 @@ class ReusableMemory:
                 self._stop(transfer)
         chunks = min(transfer.failed_chunks(), default=boundary)
         return Restored(chunks, time.perf_counter() - begin, lookup.sources, ticket.fidelity)
+
+    def _look(self, cache: Cache, rid: str, chain: Chain, usable_chunks: int) -> Lookup:
+        """Look up, and wait for what is on its way for as long as that is sooner here than computed."""
+        begin = time.perf_counter()
+        lookup = cache.lookup(rid, chain)
+        saves_s = promised_s = None
+        while lookup.state == LookupState.PENDING:
+            waited_s = time.perf_counter() - begin
+            left_s = self._timeout_s - waited_s
+            if not self._always_wait:
+                if promised_s is None:  # both are as they were at the first estimate, to see whether the end recedes
+                    saves_s = self._saves_s(lookup, usable_chunks, chain.chunk_tokens)
+                    promised_s = waited_s + lookup.eta_s if lookup.eta_s is not None else None
+                if not worth_waiting(waited_s, saves_s=saves_s, eta_s=lookup.eta_s, promised_s=promised_s):
+                    left_s = 0.0
+            lookup = cache.wait(rid, max(0.0, min(left_s, _LOOK_S)), settle=left_s <= _LOOK_S)
+        return lookup
+
+    def _saves_s(self, lookup: Lookup, usable_chunks: int, chunk_tokens: int) -> float | None:
+        """How long computing what is on its way would take; of all that could be while nobody knows yet."""
+        found = min(lookup.found, usable_chunks) if lookup.missing else usable_chunks
+        missing = min(lookup.missing, found) if lookup.missing else usable_chunks
+        return self.speed.seconds((found - missing) * chunk_tokens, missing * chunk_tokens)
 
     def _stop(self, transfer: Transfer) -> None:
         """Nothing may be computed in slots that a late copy still writes to."""

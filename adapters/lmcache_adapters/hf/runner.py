@@ -72,7 +72,9 @@ class Runner:
         context_tokens: the longest prompt and reply together; by default the model's own limit, at most
             32,768. On CPU only what is used takes memory.
         pool_bytes: host memory for the cache that a URL opens.
-        timeout_s: how long a request waits for the cache (lookup, then load) before it computes instead.
+        timeout_s: how long a request waits at most for the cache (lookup, then load) before it computes instead.
+        always_wait: so long, also where computing is sooner done. By default a request waits for a slow tier only
+            while that is sooner there than computed, by what both have taken so far.
 
     Raises:
         ConfigError, UnsupportedError: see :func:`load_model`; or a cache of another model.
@@ -90,6 +92,7 @@ class Runner:
         context_tokens: int | None = None,
         pool_bytes: int = 1 << 30,
         timeout_s: float = 10.0,
+        always_wait: bool = False,
     ) -> None:
         if not isinstance(model, Model):
             model = load_model(
@@ -106,11 +109,12 @@ class Runner:
         self.cache = _open(cache, model, pool_bytes) if isinstance(cache, str) else cache
         try:
             _check_same_model(self.cache, model)
-            self._reuse = ReusableMemory(model, self.cache, self.context_tokens, timeout_s)
+            self._reuse = ReusableMemory(model, self.cache, self.context_tokens, timeout_s, always_wait=always_wait)
         except BaseException:
             self._close_cache()
             raise
         self._lock = threading.Lock()
+        self._closed = False
         self._name = uuid.uuid4().hex[:8]
         self._numbers = itertools.count()
 
@@ -154,14 +158,20 @@ class Runner:
         sampler, text = Sampler(sampling), TextStream(self.model.tokenizer, stops)
 
         with self._lock, torch.inference_mode():
+            if self._closed:
+                raise ConfigError("this runner is closed; make another one")
             try:
                 # One token is always computed: it is its logits that choose the first new token.
                 usable = (ids.size - 1) // chain.chunk_tokens if load else 0
                 restored = self._reuse.restore(rid, chain, usable)
                 store = store and restored.fidelity == EXACT  # what was built on inexact KV is not exact either
-                logits = self._forward(ids[restored.chunks * chain.chunk_tokens :])
-                token = sampler(logits)
-                ttft_s = time.perf_counter() - begin
+                first = restored.chunks * chain.chunk_tokens
+                computing = time.perf_counter()
+                logits = self._forward(ids[first:])
+                token = sampler(logits)  # which waits for the device
+                now = time.perf_counter()
+                ttft_s = now - begin
+                self._reuse.speed.add(first, ids.size - first, now - computing)
                 kept = logits.float().cpu().numpy() if keep_logits else None
                 if store:
                     self._reuse.save(rid, chain, restored.chunks)
@@ -196,6 +206,7 @@ class Runner:
     def close(self) -> None:
         """Finish what is being stored and let go of the memory. Idempotent."""
         with self._lock:
+            self._closed = True
             self._reuse.close()
             self._close_cache()
 
@@ -231,8 +242,8 @@ class Runner:
         return generated, "stop" if ended else "length"
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if max_new_tokens != int(max_new_tokens) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be a whole number from 1, got {max_new_tokens!r}")
         if prompt_tokens + max_new_tokens > self.context_tokens:
             raise ConfigError(
                 f"{prompt_tokens} tokens of prompt and {max_new_tokens} new ones do not fit the context of "

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 DEFAULT_SIZE = "10GiB"
 MINIMUM_SIZE = 1 << 20
+MAXIMUM_SIZE = 1 << 46  # the address space has 47 bits
 _UNNAMED = "the size it had"
 
 _PAGE = 4096
@@ -74,8 +75,11 @@ class LMDBBackend:
     instant: ClassVar[bool] = True
 
     def __init__(self, path: Path, size: int) -> None:
-        if size < MINIMUM_SIZE:
-            raise ConfigError(f"size={size} for the store {path} is too small; at least {format_size(MINIMUM_SIZE)}")
+        if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE:
+            raise ConfigError(
+                f"size={size} for the store {path}: it must be from {format_size(MINIMUM_SIZE)} "
+                f"to {format_size(MAXIMUM_SIZE)}"
+            )
         self.path = path
         self._size = size
         self._full_budget = size - max(int(size * _RESERVE), _LEAST_RESERVE)
@@ -119,10 +123,15 @@ class LMDBBackend:
         with self._calls:
             found = [self._read(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
             with self._lock:
-                for key, answer in zip(keys, found, strict=True):
+                for key, answer in zip(reversed(keys), reversed(found), strict=True):
                     if not isinstance(answer, Miss):
-                        self._touch(key)
+                        self._touch(key)  # the first of a prefix last: it is of use without the others
         return found
+
+    def touch(self, keys: Sequence[str]) -> None:
+        with self._calls, self._lock:
+            for key in keys:
+                self._touch(key)
 
     def _read(self, key: str, buffer: Buffer) -> int | Miss:
         # The index answers for what is not there; the length that counts is that in the transaction.

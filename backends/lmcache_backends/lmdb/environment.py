@@ -147,6 +147,8 @@ def open_records(home: Home, size: int) -> tuple[Environment, dict[str, int], di
             fault = verified(home.records) if trust is Trust.VERIFY else why
             if fault:
                 home.set_aside(fault)
+            else:
+                home.mark_verified()
         home.mark_opening()
         try:
             opened = _open(home.records, size)

@@ -17,7 +17,9 @@ import shutil
 from enum import Enum
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import msgspec
 
 from lmcache_sdk.errors import BackendFormatError, BackendLocked, BackendUnavailable, ConfigError
 
@@ -57,6 +59,19 @@ class State(NamedTuple):
     size: int = 0
 
 
+class _StateFile(msgspec.Struct):
+    """What STATE holds, checked."""
+
+    clean: bool
+    boot: str
+    opening: Annotated[int, msgspec.Meta(ge=0)] = 0
+    crashes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    size: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    def state(self) -> State:
+        return State(self.clean, self.boot, self.opening, self.crashes, self.size)
+
+
 def boot_id() -> str:
     """Changes whenever the machine boots; unknown (empty) is taken for a reboot."""
     try:
@@ -66,7 +81,8 @@ def boot_id() -> str:
 
 
 def _read_state(path: Path) -> State:
-    return State(**json.loads((path / "STATE").read_bytes()))
+    """Raises OSError, or ValueError for what is not a state."""
+    return msgspec.json.decode((path / "STATE").read_bytes(), type=_StateFile).state()
 
 
 def last_size(path: Path) -> int:
@@ -169,6 +185,10 @@ class Home:
     def mark_open(self, size: int) -> None:
         """The records could be opened and listed, within this bound."""
         self._mark(self._state._replace(opening=0, size=size))
+
+    def mark_verified(self) -> None:
+        """Its structure is sound: what its users did before is forgiven."""
+        self._state = self._state._replace(clean=True)
 
     def mark_suspect(self) -> None:
         """Something in the records was wrong: the next user verifies them."""

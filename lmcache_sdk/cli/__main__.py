@@ -1,0 +1,5 @@
+"""``python -m lmcache_sdk.cli``."""
+
+from lmcache_sdk.cli import main
+
+main()
