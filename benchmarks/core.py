@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import subprocess
 import sys
@@ -16,30 +15,11 @@ import lmdb
 import numpy as np
 
 from benchmarks.harness import Paired, Row, at_least, at_most, paired
+from benchmarks.prompts import LONG_PROMPT, MODEL, PRODUCER, TINY, bare_hash_loop, namespace, store, tokens
 from lmcache_sdk.keys import Chain
 from lmcache_sdk.open import LocalCache, open_cache
 from lmcache_sdk.pool import extent_bytes
-from lmcache_sdk.spec import Group, GroupKind, KVSpec, Namespace, Producer
-
-LONG_PROMPT = 131_072
-LAYERS, HEADS, DIM = 32, 8, 128  # 128 KiB of KV a token
-PRODUCER = Producer("bench", "1", "cpu")
-
-
-def namespace(chunk_tokens: int, layers: int = LAYERS, heads: int = HEADS, dim: int = DIM) -> Namespace:
-    group = Group("full", GroupKind.FULL, tuple(range(layers)), heads, dim, "bfloat16")
-    return Namespace("bench", KVSpec((group,), chunk_tokens))
-
-
-def tokens(seed: int, count: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 100_000, count).astype(np.uint32)
-
-
-def bare_hash_loop(data: bytes, width: int) -> bytes:
-    last = b""
-    for at in range(0, len(data), width):
-        last = hashlib.sha256(last + data[at : at + width]).digest()
-    return last
+from lmcache_sdk.spec import Namespace
 
 
 def hashing(repeats: int) -> Iterator[Row]:
@@ -57,12 +37,6 @@ def hashing(repeats: int) -> Iterator[Row]:
         yield at_most(f"hash 128k tokens, chunks of {chunk_tokens}: time / bare hashlib loop", result, 1.3)
 
 
-def store_chain(cache: LocalCache, chain: Chain) -> None:
-    reservation = cache.reserve("bench", chain, 0, len(chain))
-    assert reservation is not None and len(reservation.chunks) == len(chain)
-    cache.publish(reservation)
-
-
 def _look(cache: LocalCache, chunk_tokens: int, numbers: Iterator[int], prompt: np.ndarray, expected: int) -> None:
     """One lookup and its end."""
     rid = str(next(numbers))
@@ -75,11 +49,9 @@ def lookups(repeats: int) -> Iterator[Row]:
     numbers = itertools.count()
     for chunk_tokens in (64, 256):
         # A tiny model, so that a long prompt fits the pool: a lookup does not see sizes.
-        cache = open_cache(
-            "noop://", namespace=namespace(chunk_tokens, 1, 1, 8), producer=PRODUCER, pool_bytes=64 << 20
-        )
+        cache = open_cache("noop://", namespace=namespace(chunk_tokens, *TINY), producer=PRODUCER, pool_bytes=64 << 20)
         cached, other = tokens(0, LONG_PROMPT), tokens(1, LONG_PROMPT)
-        store_chain(cache, Chain(cached, chunk_tokens))
+        store(cache, Chain(cached, chunk_tokens))
 
         chunks = LONG_PROMPT // chunk_tokens
         look = partial(_look, cache, chunk_tokens, numbers)
@@ -94,8 +66,8 @@ def lookups(repeats: int) -> Iterator[Row]:
 
 
 def lmdb_rows(repeats: int) -> Iterator[Row]:
-    for chunk_tokens, chunks in ((64, 24), (256, 6)):
-        space = namespace(chunk_tokens)
+    for chunk_tokens, chunks in ((64, 12), (256, 3)):
+        space = namespace(chunk_tokens, *MODEL)
         nbytes = space.spec.chunk_bytes * chunks
         with tempfile.TemporaryDirectory(prefix="lmcache-sdk-bench-") as folder:
             source = np.random.default_rng(0).integers(0, 2**62, nbytes // 8).view(np.uint8)
@@ -122,7 +94,7 @@ def _load(folder: Path, space: Namespace, chunks: int, source: np.ndarray, targe
     with_pool = {"namespace": space, "producer": PRODUCER, "pool_bytes": pool_bytes}
     cache = open_cache(url, **with_pool)  # type: ignore[arg-type]
     for prompt in chains:
-        store_chain(cache, Chain(prompt, space.spec.chunk_tokens))
+        store(cache, Chain(prompt, space.spec.chunk_tokens))
         assert cache.drain(120)
     numbers = itertools.count()
 
@@ -154,9 +126,8 @@ def _store(folder: Path, space: Namespace, chunks: int, source: np.ndarray, repe
     )
     values = [memoryview(source)[i * nbytes // chunks : (i + 1) * nbytes // chunks] for i in range(chunks)]
 
-    def store() -> None:
-        chain = Chain(tokens(next(numbers), chunks * width), width)
-        store_chain(cache, chain)
+    def write() -> None:
+        store(cache, Chain(tokens(next(numbers), chunks * width), width))
         assert cache.drain(120)
 
     def put() -> None:
@@ -166,9 +137,9 @@ def _store(folder: Path, space: Namespace, chunks: int, source: np.ndarray, repe
 
     try:
         for _ in range(3):  # both stores have reached their size, every page of the pool has been touched
-            store()
+            write()
             put()
-        result = paired(store, put, nbytes, repeats)
+        result = paired(write, put, nbytes, repeats)
         dropped = {k: v for k, v in cache.stats().counters.items() if "dropped" in k}
         assert not dropped, dropped
         return result
@@ -196,4 +167,4 @@ def rows(repeats: int = 9) -> Iterator[Row]:
     yield from importing(5)
     yield from hashing(4 * repeats)
     yield from lookups(4 * repeats)
-    yield from lmdb_rows(repeats)
+    yield from lmdb_rows(3 * repeats)

@@ -62,23 +62,36 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def paired(function: Callable[[], object], reference: Callable[[], object], nbytes: int, repeats: int = 9) -> Paired:
+def paired(
+    function: Callable[[], object],
+    reference: Callable[[], object],
+    nbytes: int,
+    repeats: int = 9,
+    settle: Callable[[], object] = lambda: None,
+) -> Paired:
     """Run both in turn, after one unmeasured run of each; which of the two goes first alternates.
 
     Args:
         nbytes: that each of both moves.
         repeats: pairs.
+        settle: called, unmeasured, after each run of the function.
     """
-    function()
+
+    def once() -> float:
+        taken = timed(function)
+        settle()
+        return taken
+
+    once()
     reference()
     seconds, reference_seconds = [], []
     for index in range(repeats):
         if index % 2:
-            seconds.append(timed(function))
+            seconds.append(once())
             reference_seconds.append(timed(reference))
         else:
             reference_seconds.append(timed(reference))
-            seconds.append(timed(function))
+            seconds.append(once())
     ratio = statistics.median(r / s for r, s in zip(reference_seconds, seconds, strict=True))
     return Paired(ratio, seconds, reference_seconds, nbytes)
 
@@ -92,6 +105,11 @@ def at_most(name: str, result: Paired, bar: float, **facts: Any) -> Row:
     """A row for a cost: time measured / reference time, which holds where it does not exceed the bar."""
     cost = 1 / result.ratio
     return Row(name, cost, bar, cost <= bar, {**result.raw(), **facts})
+
+
+def measure(name: str, value: float, bar: float, **facts: Any) -> Row:
+    """A row for a figure as such, which holds where it does not exceed the bar; the name has its unit."""
+    return Row(name, value, bar, not bar or value <= bar, facts)
 
 
 def table(rows: list[Row]) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from benchmarks.harness import Row, table
 
-CORE = ("core", "kernels")
+CORE = ("core", "kernels", "daemon")
 ENGINES = {"hf": ("hf",)}
 
 
