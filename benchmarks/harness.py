@@ -104,7 +104,7 @@ def at_least(name: str, result: Paired, bar: float = 0.0, **facts: Any) -> Row:
 def at_most(name: str, result: Paired, bar: float, **facts: Any) -> Row:
     """A row for a cost: time measured / reference time, which holds where it does not exceed the bar."""
     cost = 1 / result.ratio
-    return Row(name, cost, bar, cost <= bar, {**result.raw(), **facts})
+    return Row(name, cost, bar, not bar or cost <= bar, {**result.raw(), **facts})
 
 
 def measure(name: str, value: float, bar: float, **facts: Any) -> Row:

@@ -184,7 +184,9 @@ def main() -> None:
         match message["do"]:
             case "store":
                 transfer = me.store(seed, chunks)
+                # Sealed as well: only then a daemon that is killed leaves it to the next.
                 answer = transfer.wait(30)
+                me.cache.drain(2)
             case "load":
                 answer = me.load(seed, chunks)
             case "claim":
