@@ -105,7 +105,7 @@ def adopt(core: Core, pool: Pool, recovered: Sequence[Recovered], rooms: Mapping
         cells = whole[key]
         addresses = [cells[cell].address for cell in range(len(space.cell_bytes))]
         leased = any(extent.leases for extent in cells.values())
-        core.adopt(space, digest, addresses, positions[key], leased=leased)
+        core.earlier.adopt(space, digest, addresses, positions[key], leased=leased)
     return len(whole)
 
 
@@ -114,7 +114,7 @@ def end_earlier_life(core: Core, journal: Journal, recovered: Sequence[Recovered
     for extent in recovered:
         if extent.leases:
             journal.leased([extent.address], -extent.leases)
-    core.earlier_clients_gone()
+    core.earlier.end()
 
 
 def _place(pool: Pool, extent: Recovered, rooms: Mapping[Origin, Room]) -> tuple[Space, bytes, int, int] | None:
@@ -134,7 +134,7 @@ def _place(pool: Pool, extent: Recovered, rooms: Mapping[Origin, Room]) -> tuple
 
 def _let_go(core: Core, journal: Journal, extent: Recovered, *, busy: bool) -> None:
     if busy or extent.leases:
-        core.quarantine(extent.address)
+        core.earlier.quarantine(extent.address)
     else:
         core.extents.free(extent.address)
         journal.freed(extent.address)

@@ -138,13 +138,17 @@ class PoolStats(msgspec.Struct, frozen=True):
 
 
 class TierStats(msgspec.Struct, frozen=True):
-    """``breaker`` is ``open`` while a tier that failed is left alone; ``capacity_bytes`` 0 = unbounded or unknown."""
+    """``breaker`` is ``open`` while a tier that failed is left alone; ``capacity_bytes`` 0 = unbounded or unknown;
+    ``write`` says when it is written to, ``unwritten_bytes`` what is to be, now or later.
+    """
 
     name: str
     records: int
     used_bytes: int
     capacity_bytes: int
     breaker: str
+    write: str = "through"
+    unwritten_bytes: int = 0
 
 
 class Stats(msgspec.Struct, frozen=True):

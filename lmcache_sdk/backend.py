@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from lmcache_sdk.config import hide_secrets
 from lmcache_sdk.errors import ConfigError
 
 ENTRY_POINTS = "lmcache_sdk.backends"
@@ -85,10 +86,13 @@ class Backend(Protocol):
 
 
 class Stat(NamedTuple):
-    """A record at rest. ``nbytes`` is the record's length."""
+    """A record at rest. ``nbytes`` is the record's length; ``modified`` is when it was written, in seconds since the
+    epoch, 0 where that is not known.
+    """
 
     key: str
     nbytes: int
+    modified: float = 0.0
 
 
 @runtime_checkable
@@ -109,6 +113,38 @@ class Touch(Protocol):
         ...
 
 
+class Range(NamedTuple):
+    """Bytes of one record: those from ``offset`` on, as many as fit the buffers, one behind the other."""
+
+    key: str
+    offset: int
+    buffers: Sequence[Buffer]
+
+
+@runtime_checkable
+class RangeGet(Protocol):
+    """Can read a part of a record, so that several chunks may rest in one."""
+
+    def get_ranges(self, ranges: Sequence[Range]) -> list[int | Miss]:
+        """Fill the buffers of each range in their order; the answer is the sum of what was read, less than they hold
+        where the record ends earlier.
+        """
+        ...
+
+
+@runtime_checkable
+class RegisterMemory(Protocol):
+    """Reads into and writes from memory that it was shown before (RDMA, or what works like it)."""
+
+    def register_memory(self, segment: memoryview) -> None:
+        """Called for each segment of the pool, before buffers in it are used. Raises BackendError."""
+        ...
+
+    def unregister_memory(self, segment: memoryview) -> None:
+        """The memory is about to go."""
+        ...
+
+
 class UsageReport(NamedTuple):
     """``capacity_bytes`` is 0 where there is no bound; ``used_bytes`` is what counts against it."""
 
@@ -126,24 +162,41 @@ class Usage(Protocol):
 
 
 class Url:
-    """A parsed backend URL: ``scheme://host/path?key=value``. Parameters are taken once each; what is left is an error.
+    """A parsed backend URL: ``scheme://user:password@host:port/path?key=value``. Parameters are taken once each; what
+    is left is an error.
+
+    Attributes:
+        shown: the URL as messages and logs may show it, without a password and without the value of a parameter whose
+            name says that it is a secret.
+        host: what stands between ``//`` and the path, as it is.
+        hostname, port, username, password: its parts; None where they are not given.
 
     Raises:
-        ConfigError: it has no scheme, or a parameter appears twice.
+        ConfigError: it has no scheme, a port that is none, or a fragment, or a parameter appears twice.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.shown = hide_secrets(text)
         split = urlsplit(text)
         if not split.scheme or "://" not in text:
-            raise ConfigError(f"{text!r} is not a URL; expected something like lmdb:///var/lib/kv?size=50GiB")
+            raise ConfigError(f"{self.shown!r} is not a URL; expected something like lmdb:///var/lib/kv?size=50GiB")
+        if split.fragment:
+            raise ConfigError(f"{self.shown!r}: what stands behind # are options of a tier, which are not taken here")
         self.scheme = split.scheme
         self.host = unquote(split.netloc)
         self.path = unquote(split.path)
+        self.hostname = split.hostname
+        self.username = unquote(split.username) if split.username is not None else None
+        self.password = unquote(split.password) if split.password is not None else None
+        try:
+            self.port = split.port
+        except ValueError:
+            raise ConfigError(f"{self.shown!r} has a port that is no number from 0 to 65535") from None
         pairs = parse_qsl(split.query, keep_blank_values=True)
         self._parameters = dict(pairs)
         if len(self._parameters) != len(pairs):
-            raise ConfigError(f"{text!r} names a parameter twice")
+            raise ConfigError(f"{self.shown!r} names a parameter twice")
         self._known: list[str] = []
 
     def take(self, name: str, default: str = "") -> str:
@@ -156,11 +209,6 @@ class Url:
         if self._parameters:
             known = f"known are: {', '.join(self._known)}" if self._known else "it has none"
             raise ConfigError(f"unknown parameter {next(iter(self._parameters))!r} for {self.scheme}://; {known}")
-
-
-def backend_classes() -> dict[str, type[Backend]]:
-    """All installed backends by URL scheme; loads them. For `doctor`; opening loads only the one."""
-    return {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
 
 
 def schemes() -> list[str]:
@@ -182,17 +230,34 @@ def open_backend(url: str) -> Backend:
         key=lambda point: not point.value.startswith("lmcache_backends."),
     )
     if not found:
-        raise ConfigError(f"unknown scheme {parsed.scheme!r} in {url!r}; installed are: {', '.join(schemes())}")
-    try:
-        backend_class = found[0].load()
-    except (ImportError, AttributeError) as error:
-        package = found[0].dist.name if found[0].dist else found[0].value
         raise ConfigError(
-            f"the backend for {parsed.scheme}://, of the package {package}, does not load: {error}; "
+            f"unknown scheme {parsed.scheme!r} in {parsed.shown!r}; installed are: {', '.join(schemes())}"
+        )
+    backend_class: type[Backend] = load_backend(found[0])
+    return backend_class.from_url(parsed)
+
+
+def load_backend(point: EntryPoint) -> type[Backend]:
+    """The class that an entry point names. Raises ConfigError, with the fix, where it does not load."""
+    try:
+        backend_class: type[Backend] = point.load()
+    except (ImportError, AttributeError) as error:
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing and (install := install_command(point)):
+            raise ConfigError(f"{point.name}:// needs the package {missing!r}: {install}") from error
+        package = point.dist.name if point.dist else point.value
+        raise ConfigError(
+            f"the backend for {point.name}://, of the package {package}, does not load: {error}; "
             f"install what it needs, or remove it"
         ) from error
-    backend: Backend = backend_class.from_url(parsed)
-    return backend
+    return backend_class
+
+
+def install_command(point: EntryPoint) -> str:
+    """The command that installs what an entry point needs besides its distribution; empty where it names no extra."""
+    if not point.extras or not point.dist:
+        return ""
+    return f"pip install '{point.dist.name}[{','.join(point.extras)}]'"
 
 
 def leading(present: Iterable[bool]) -> int:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
@@ -46,6 +46,18 @@ def format_size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+_SECRETS = re.compile(
+    r"(?<=://)(?P<user>[^/?#@:]*):[^?#]*@"  # up to the last @: a password may hold what was not escaped
+    r"|(?P<name>[?&#][^=&#]*(?:password|passphrase|secret|token|credential|key)[^=&#]*)=[^&#]*",
+    re.IGNORECASE,
+)
+
+
+def hide_secrets(url: str) -> str:
+    """The URL as messages and logs may show it."""
+    return _SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else f"{found['user']}:***@", url)
 
 
 def cache_home() -> Path:
@@ -104,7 +116,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         log_level: of the ``lmcache_sdk`` loggers.
         log_format: ``text`` for people, ``json`` for programs.
         socket: where a daemon listens; by default :func:`default_socket`.
-        tiers: of a daemon: URLs of stores, fastest first.
+        tiers: of a daemon: URLs of stores, fastest first; with options behind ``#``, see ``docs/tiers.md``.
+        eviction: what gives room first: ``lru`` = what was not used for longest, or ``s3fifo`` = what was used once.
         group: of a daemon: the members of this group may use it too; by default only its own user.
         require_salt: of a daemon: requests without a cache salt neither find nor store anything.
         tenants: of a daemon: quota and weight by name; those of ``*`` are for all who are not named.
@@ -125,6 +138,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: str = "text"
     socket: str = ""
     tiers: tuple[str, ...] = ()
+    eviction: str = "lru"
     group: str = ""
     require_salt: bool = False
     tenants: dict[str, Tenant] = {}
@@ -220,12 +234,21 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "wait_s": _not_negative,
     "log_level": lambda value: _one_of(*logging.getLevelNamesMapping())(value.upper()),
     "log_format": _one_of("text", "json"),
+    "eviction": _one_of("lru", "s3fifo"),
     "metrics_port": lambda value: "" if 0 <= value < 1 << 16 else "must be a port, 0 .. 65535",
     "tenants": lambda tenants: "" if all(t.weight >= 1 for t in tenants.values()) else "must have weights from 1",
-    "tiers": lambda urls: (
-        "" if all("://" in url for url in urls) else "must be URLs like lmdb:///var/lib/kv?size=50GiB"
+    "tiers": lambda urls: next(
+        (
+            f"must be URLs like lmdb:///var/lib/kv?size=50GiB, and number {number} has no ://"
+            for number, url in enumerate(urls, 1)
+            if "://" not in url
+        ),
+        "",
     ),
 }
+
+
+_WITH_SECRETS = ("url", "tiers")
 
 
 def _converted(name: str, value: Any, source: str) -> Any:
@@ -235,21 +258,41 @@ def _converted(name: str, value: Any, source: str) -> Any:
             value = parse_size(value)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-    if name == "tiers" and isinstance(value, str):
-        value = value.split()
+    if name == "tiers":
+        value = value.split() if isinstance(value, str) else _tiers(value)
     if name == "tenants":
         value = _tenants(value)
     try:
         # Through the whole structure, all of whose settings have defaults: the message then names the setting.
         found = getattr(msgspec.convert({name: value}, Config, strict=False), name)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"bad setting: {error} ({value!r} in {source})") from error
+        got = f"a {type(value).__name__}" if name in _WITH_SECRETS else repr(value)
+        raise ConfigError(f"bad setting: {error} ({got} in {source})") from error
     wrong = _RULES[name](found) if name in _RULES else ""
     if wrong:
+        if name in _WITH_SECRETS:  # and what is no URL cannot be shown as one
+            raise ConfigError(f"{name} {wrong} (in {source})")
         raise ConfigError(
             f"{name} {wrong}, got {value!r}" if isinstance(found, str) else f"{name} {wrong}, got {found}"
         )
     return found
+
+
+def _tiers(value: Any) -> Any:
+    """A tier may be a mapping as well: ``{url: …, write: back}`` for ``…#write=back``."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [_tier(tier) if isinstance(tier, Mapping) else tier for tier in value]
+
+
+def _tier(tier: Mapping[str, Any]) -> str:
+    options = {str(name): option for name, option in tier.items()}
+    url = options.pop("url", None)
+    if not isinstance(url, str) or "#" in url:
+        raise ConfigError("a tier as a mapping needs a url, with its options beside it: {url: …, write: back}")
+    yes = {True: "yes", False: "no"}  # what YAML makes of yes and no
+    texts = {name: yes[option] if isinstance(option, bool) else str(option) for name, option in options.items()}
+    return f"{url}#{urlencode(texts, quote_via=quote)}" if texts else url
 
 
 def _tenants(value: Any) -> Any:
@@ -300,6 +343,10 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:  # whose own text quotes the line, with whatever password is in it
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{path} is not YAML: {error.problem}{where}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if content is None:

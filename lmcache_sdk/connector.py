@@ -162,7 +162,8 @@ class GPUConnector:
         """Copy the ticket's chunks into the engine's memory. Enqueues only; the ticket is released when it has ended.
 
         Args:
-            slots: int64 ``[(boundary - first) * chunk_tokens]``, the place of every token.
+            slots: int64 ``[(boundary - first) * chunk_tokens]``, the place of every token; below 0 = not to be loaded,
+                for an engine whose pages do not begin and end where chunks do.
             after: an event of the device to wait for first. The CPU has none.
         """
         del after
@@ -249,19 +250,26 @@ class GPUConnector:
             places, segments = ticket.places(), self._memory(ticket.boot)
             if len(slots) != len(places) * width:
                 raise LayoutError(f"{len(slots)} slots for {len(places)} chunks of {width} tokens")
-            plans = [self._kernels.plan(self._layout, slots[at : at + width]) for at in range(0, len(slots), width)]
+            wanted = [slots[at : at + width] for at in range(0, len(slots), width)]
+            tokens = [np.flatnonzero(chosen >= 0) for chosen in wanted]
+            plans = [
+                self._kernels.plan(self._layout, chosen[at]) if at.size else None
+                for chosen, at in zip(wanted, tokens, strict=True)
+            ]
             column = {cell: at for at, cell in enumerate(ticket.cells)}
             failed: set[int] = set()
             for number, step in enumerate(self._steps):
                 planes = self._layout.planes_of(step.group, step.layers)
                 for chunk, plan in enumerate(plans):
-                    if chunk in failed:
+                    if chunk in failed or plan is None:
                         continue
                     if transfer.cancelled:
                         transfer.fail_all()
                         return
                     try:
                         payload = _payload(segments, places[chunk, column[step.cell]], step)
+                        if plan.tokens < width:
+                            payload = payload.reshape(len(planes), width, -1)[:, tokens[chunk]].reshape(-1)
                         self._kernels.scatter(planes, step.heads, plan, payload)
                     except LayoutError as error:
                         _log.warning("chunk %d was not loaded: %s", ticket.first + chunk, error)

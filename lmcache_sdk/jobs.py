@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
-from lmcache_sdk.backend import Backend, Item, Miss, Touch
+from lmcache_sdk import packs
+from lmcache_sdk.backend import Backend, Item, Miss, Range, RangeGet, Touch
 from lmcache_sdk.codecs import Codec, RawCodec, codec_by_name
 from lmcache_sdk.core import Entry, EntryState, Job, Space
+from lmcache_sdk.core.rules import TierRules
 from lmcache_sdk.errors import ConfigError, RecordError
-from lmcache_sdk.keys import manifest_key
+from lmcache_sdk.keys import Chain, manifest_key
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
 from lmcache_sdk.pool import Pool
@@ -30,6 +35,7 @@ from lmcache_sdk.spec import Namespace, Producer
 _log = logger("store")
 
 _PUTS_PER_MANIFEST = 64
+_PLACES = 1 << 16  # chunks of which it is remembered in which block they are
 
 
 class Tier(NamedTuple):
@@ -38,11 +44,18 @@ class Tier(NamedTuple):
     Attributes:
         name: in metrics and answers; unique in a store.
         codec: of the records written; what is read says itself how it was encoded.
+        rules: when it is written to and read from.
+        size, ttl_s: what the store keeps it to, by deleting the oldest records; 0 = it does not.
+        pack_bytes: the most for one record of several chunks; 0 = each has records of its own.
     """
 
     name: str
     backend: Backend
     codec: Codec = RawCodec()
+    rules: TierRules = TierRules()
+    size: int = 0
+    ttl_s: float = 0.0
+    pack_bytes: int = 0
 
 
 class OpenSpace:
@@ -70,9 +83,50 @@ class OpenSpace:
         stem = self._prefix + digest.hex()
         return [stem + suffix for suffix in self._suffixes]
 
+    def block_keys(self, last: bytes, size: int) -> list[str]:
+        """The key of every cell of a block, which is named for its last chunk."""
+        return [packs.block_key(key, size) for key in self.keys(last)]
+
+    def most_chunks(self, tier: Tier) -> int:
+        """In one record of a tier."""
+        return packs.most_chunks(tier.pack_bytes, HEADER_BYTES + max(self.payload_bytes))
+
+    def position_of(self, entry: Entry) -> int:
+        """Of a chunk in its request, in chunks; -1 where it is not known."""
+        return entry.first_position // self.spec.chunk_tokens if entry.first_position >= 0 else -1
+
     def record_key(self, digest: bytes, cell: int) -> RecordKey:
         described = self.spec.cells[cell]
         return RecordKey(self.space.origin, digest, described.group, described.name)
+
+
+class _Place(NamedTuple):
+    """Where a chunk rests: the last chunk and the size of its block, and its number in it."""
+
+    last: bytes
+    size: int
+    number: int
+
+
+class _Places:
+    """Of one tier: what was seen last. What has been forgotten counts as a block of one."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[Space, bytes], _Place] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def note(self, space: Space, digests: Sequence[bytes]) -> None:
+        """These chunks are a block."""
+        with self._lock:
+            for number, digest in enumerate(digests):
+                self._known[space, digest] = _Place(digests[-1], len(digests), number)
+                self._known.move_to_end((space, digest))
+            while len(self._known) > _PLACES:
+                self._known.popitem(last=False)
+
+    def of(self, space: Space, digest: bytes) -> _Place:
+        with self._lock:
+            return self._known.get((space, digest)) or _Place(digest, 1, 0)
 
 
 class Jobs:
@@ -81,6 +135,9 @@ class Jobs:
 
     Args:
         spaces: the store's own, which grows.
+
+    Raises:
+        ConfigError: a tier is to pack that cannot.
     """
 
     def __init__(self, pool: Pool, tiers: Sequence[Tier], spaces: Mapping[Space, OpenSpace], metrics: Metrics) -> None:
@@ -89,14 +146,59 @@ class Jobs:
         self._spaces = spaces
         self._metrics = metrics
         self._puts = 0
+        self._places = [_Places() for _ in tiers]
+        for tier in tiers:
+            if tier.pack_bytes and not (tier.codec.identity and isinstance(tier.backend, RangeGet)):
+                lack = "a store that reads parts of records" if tier.codec.identity else "records that are not encoded"
+                raise ConfigError(f"tier {tier.name} cannot pack: that needs {lack}; leave pack= out")
+
+    def present(self, tier: int, opened: OpenSpace, chain: Chain, first: int, count: int) -> int:
+        """How many chunks of a request, from ``first`` on and ``count`` at most, a tier has."""
+        most = opened.most_chunks(self._tiers[tier])
+        if most == 1 or not chain.positions_known:
+            digests = chain.digests(first + count)[first:]
+            keys = [key for digest in digests for key in opened.keys(digest)]
+            found = self._tiers[tier].backend.prefix_len(keys) // len(opened.payload_bytes)
+            for digest in digests[:found] if most > 1 else ():
+                self._places[tier].note(opened.space, [digest])
+            return found
+        digests = chain.digests(first + count + most - 1)
+        return len(packs.find(first, count, len(digests), most, self._has(tier, opened, digests, 0)))
+
+    def _has(self, tier: int, opened: OpenSpace, digests: Sequence[bytes], first: int) -> packs.Has:
+        """Asks which blocks are there with all their cells, and remembers them; the digests are those from the position
+        ``first`` on.
+        """
+        cells = len(opened.payload_bytes)
+
+        def has(blocks: Sequence[packs.Block]) -> list[bool]:
+            keys = [key for block in blocks for key in opened.block_keys(digests[block.last - first], block.size)]
+            here = self._tiers[tier].backend.contains(keys)
+            present = [all(here[at : at + cells]) for at in range(0, len(here), cells)]
+            for block, there in zip(blocks, present, strict=True):
+                if there and block.first >= first:
+                    self._places[tier].note(opened.space, digests[block.first - first : block.end - first])
+            return present
+
+        return has
+
+    def delete(self, tier: int, opened: OpenSpace, digests: Sequence[bytes]) -> None:
+        """Remove chunks, and with each the blocks that end with it, and the one in which it was seen last."""
+        keys: dict[str, None] = {}
+        for digest in digests:
+            place = self._places[tier].of(opened.space, digest)
+            for size in packs.sizes(opened.most_chunks(self._tiers[tier])):
+                keys |= dict.fromkeys(opened.block_keys(digest, size))
+            keys |= dict.fromkeys(opened.block_keys(place.last, place.size))
+        self._tiers[tier].backend.delete(list(keys))
 
     def fetch(self, job: Job) -> list[bool]:
         """Read records into their extents and check them; a record that does not check out is removed from its tier."""
         tier = self._tiers[job.tier]
         wanted = [(entry, cell) for entry in job.entries for cell in range(len(entry.extents))]
         opened = self._spaces[job.entries[0].space]
-        keys = [key for entry in job.entries for key in opened.keys(entry.digest)]
         records = [self._record(entry, cell, opened) for entry, cell in wanted]
+        keys = [key for entry in job.entries for key in opened.keys(entry.digest)]
         if tier.codec.identity:
             buffers = records
         else:
@@ -105,7 +207,10 @@ class Jobs:
                 for record in records
             ]
         started = time.perf_counter()
-        lengths = tier.backend.get(keys, buffers)
+        if opened.most_chunks(tier) == 1:
+            lengths = tier.backend.get(keys, buffers)
+        else:
+            keys, lengths = self._read_blocks(job, opened, buffers)
         broken, good, nbytes = [], [], 0
         for (entry, cell), key, record, buffer, length in zip(wanted, keys, records, buffers, lengths, strict=True):
             if isinstance(length, Miss):
@@ -125,9 +230,43 @@ class Jobs:
         for _, reason in broken:
             self._metrics.record_failures.labels(tier.name, reason).inc()
         if broken:
-            tier.backend.delete([key for key, _ in broken])
+            tier.backend.delete(list({key: None for key, _ in broken}))
         cells = len(opened.payload_bytes)
         return [all(good[at : at + cells]) for at in range(0, len(good), cells)]
+
+    def _read_blocks(
+        self, job: Job, opened: OpenSpace, buffers: Sequence[memoryview]
+    ) -> tuple[list[str], list[int | Miss]]:
+        """As ``get``, with the key of the block in which each record is; neighbours are read together."""
+        backend, places = self._tiers[job.tier].backend, self._places[job.tier]
+        assert isinstance(backend, RangeGet)
+        cells = len(opened.payload_bytes)
+        ranges: list[Range] = []
+        numbers: list[list[int]] = []  # of the buffers of each range
+        last: _Place | None = None
+        for number, entry in enumerate(job.entries):
+            place = places.of(entry.space, entry.digest)
+            if last is not None and last == place._replace(number=place.number - 1):
+                for cell in range(cells):
+                    numbers[cell - cells].append(number * cells + cell)
+            else:
+                for cell, key in enumerate(opened.block_keys(place.last, place.size)):
+                    nbytes = HEADER_BYTES + opened.payload_bytes[cell]
+                    ranges.append(Range(key, place.number * nbytes, ()))
+                    numbers.append([number * cells + cell])
+            last = place
+        ranges = [
+            part._replace(buffers=[buffers[number] for number in each])
+            for part, each in zip(ranges, numbers, strict=True)
+        ]
+        keys, lengths = [""] * len(buffers), list[int | Miss]([Miss.ABSENT] * len(buffers))
+        for part, each, answer in zip(ranges, numbers, backend.get_ranges(ranges), strict=True):
+            for number in each:
+                keys[number] = part.key
+                if not isinstance(answer, Miss):
+                    lengths[number] = min(len(buffers[number]), answer)
+                    answer -= min(len(buffers[number]), answer)
+        return keys, lengths
 
     def _accept(self, opened: OpenSpace, entry: Entry, cell: int, record: memoryview, received: memoryview) -> None:
         """Check what a tier gave; decode it into the extent if it is encoded."""
@@ -176,13 +315,17 @@ class Jobs:
         tier = self._tiers[job.tier]
         opened = self._spaces[job.entries[0].space]
         alive = [entry.state is not EntryState.DEAD for entry in job.entries]
-        items = []
-        for entry, wanted in zip(job.entries, alive, strict=True):
-            if wanted:
-                for cell, key in enumerate(opened.keys(entry.digest)):
-                    record = self._record(entry, cell, opened)
-                    items.append(Item(key, record if tier.codec.identity else self._encode(tier.codec, record)))
+        entries = [entry for entry, wanted in zip(job.entries, alive, strict=True) if wanted]
         started = time.perf_counter()
+        if opened.most_chunks(tier) == 1:
+            items = [
+                Item(key, record if tier.codec.identity else self._encode(tier.codec, record))
+                for entry in entries
+                for cell, key in enumerate(opened.keys(entry.digest))
+                for record in [self._record(entry, cell, opened)]
+            ]
+        else:
+            items = self._blocks(job.tier, opened, entries)
         tier.backend.put(items)
         self._observe(tier.name, "write", sum(len(item.data) for item in items), started)
         if isinstance(tier.backend, Touch):
@@ -192,14 +335,61 @@ class Jobs:
             tier.backend.put(opened.manifests)  # its own eviction may have taken them: they are the least used
         return alive
 
+    def _blocks(self, tier: int, opened: OpenSpace, entries: Sequence[Entry]) -> list[Item]:
+        """The records in which chunks are to be written that are not there yet, or not where those who have just these
+        digests find them: with the chunks right before them if those are in blocks of other requests only.
+        """
+        most = opened.most_chunks(self._tiers[tier])
+        items: list[Item] = []
+        at = 0
+        while at < len(entries):
+            end = at + 1
+            while end < len(entries) and entries[end].parent is entries[end - 1]:
+                end += 1
+            run = [*self._before(entries[at], most, opened), *entries[at:end]]
+            digests = [entry.digest for entry in run]
+            first = opened.position_of(run[0])
+            if first < 0:
+                blocks = [packs.Block(number, 1) for number in range(len(run))]
+            else:
+                blocks = packs.lacking(first, first + len(run), most, self._has(tier, opened, digests, first))
+            for block in blocks:
+                part = slice(block.first - max(first, 0), block.end - max(first, 0))
+                joined = [self._joined(run[part], cell, opened) for cell in range(len(opened.payload_bytes))]
+                for key, record in zip(opened.block_keys(digests[part][-1], block.size), joined, strict=True):
+                    if record is not None:
+                        items.append(Item(key, record))
+                self._places[tier].note(opened.space, digests[part])
+            at = end
+        return items
+
+    def _before(self, entry: Entry, most: int, opened: OpenSpace) -> list[Entry]:
+        """The chunks before this one, from where the largest block would begin that may hold it."""
+        before: list[Entry] = []
+        position = opened.position_of(entry)
+        parent = entry.parent
+        while position > 0 and position % most and parent is not None and parent.sealed:
+            if parent.state is not EntryState.PUBLISHED:
+                break
+            before.append(parent)
+            position, parent = position - 1, parent.parent
+        return before[::-1]
+
+    def _joined(self, entries: Sequence[Entry], cell: int, opened: OpenSpace) -> memoryview | None:
+        """Their records, one behind the other; None if one is gone: not all of them are held by the job."""
+        addresses = [address for entry in entries if (address := entry.extents[cell]) is not None]
+        if len(addresses) < len(entries):
+            return None
+        nbytes = HEADER_BYTES + opened.payload_bytes[cell]
+        joined = np.concatenate([self._pool.record(address, nbytes) for address in addresses])
+        return None if any(entry.state is EntryState.DEAD for entry in entries) else joined.data
+
     def keys_to_root(self, opened: OpenSpace, entry: Entry | None) -> list[str]:
         """The keys of a chunk and those before it, deepest first: a tier that evicts by use then shrinks a prefix from
         its end, as the pool does.
         """
         keys: list[str] = []
-        for _ in range(len(opened.space.entries)):  # and no further, should somebody's digests go in a circle
-            if entry is None:
-                break
+        while entry is not None:
             keys += opened.keys(entry.digest)
             entry = entry.parent
         return keys

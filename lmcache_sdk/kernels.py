@@ -215,7 +215,7 @@ class CPUKernels:
     runs it at the speed of memcpy, without the interpreter's lock. A unit is the largest size that divides
     whatever is to be copied, so that whole pages, merged runs, ragged ends and strided heads are one case.
     Only where memory does not keep an element's neighbours together (transposed blocks) are strided views
-    copied instead, run by run.
+    copied instead, run by run, all layers at once.
     """
 
     name: ClassVar[str] = "cpu"
@@ -309,11 +309,6 @@ def _copies(
             plan.tables[key] = _table(geometry, heads, plan.slots)
         table: _Table | None = plan.tables[key]
         if table is None:
-            runs = _runs(geometry.page_tokens, plan.slots)
-            for plane, row in zip(planes[first:end], rows[first:end], strict=True):
-                mem = plane.view()[:, :, heads[0] : heads[1]]
-                part = row.view(mem.dtype).reshape(plan.tokens, *mem.shape[2:])
-                copies += [(mem[page, tokens], None, part[into]) for page, tokens, into in runs]
             continue
         # From the lowest plane to the highest; what lies between them is never touched.
         span = memory(low + table.low, (reach + table.reach,), "|u1")
@@ -327,6 +322,16 @@ def _copies(
             kind, ids = _units(unit), table.ids(unit)
             for at, part in zip(offsets.tolist(), rows[first:end].view(kind), strict=True):
                 copies.append((span[at : at + table.reach].view(kind), ids, part))
+    for stack in planes.stacks:
+        if plan.tables[stack.geometry, heads] is None:
+            pages, page_tokens, _, dim, itemsize, strides = stack.geometry
+            shape = (stack.size, pages, page_tokens, heads[1] - heads[0], dim)
+            base = stack.base + heads[0] * strides.head
+            mem = memory(base, shape, f"<u{itemsize}", strides=(stack.distance, *strides))
+            mine = rows[stack.first : stack.first + stack.step * stack.size : stack.step]
+            part = mine.view(mem.dtype).reshape(stack.size, plan.tokens, *shape[3:])
+            runs = _runs(page_tokens, plan.slots)
+            copies += [(mem[:, page, tokens], None, part[:, into]) for page, tokens, into in runs]
     return copies
 
 

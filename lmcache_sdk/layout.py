@@ -233,6 +233,22 @@ class Alike(NamedTuple):
     step: int
 
 
+class Stack(NamedTuple):
+    """Planes of equal geometry, at equal distances in memory and among the planes: one strided array.
+
+    Attributes:
+        first, step, size: their indices are ``first, first + step, …``, and how many they are.
+        base, distance: bytes; the first one's address, and from each to the next.
+    """
+
+    geometry: Geometry
+    first: int
+    step: int
+    size: int
+    base: int
+    distance: int
+
+
 class Planes(tuple[Plane, ...]):  # noqa: SLOT001 - cached_property needs a dict
     """Planes of one copy, in canonical order. What is derived from them is kept here, and goes with them."""
 
@@ -249,6 +265,29 @@ class Planes(tuple[Plane, ...]):  # noqa: SLOT001 - cached_property needs a dict
             reach, step = int(offsets.max()), int(np.gcd.reduce(offsets))
             groups.append(Alike(geometries[first], first, end, low, offsets, reach, step))
         return tuple(groups)
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The planes in as few stacks as a pass from the front finds."""
+        places: dict[Geometry, list[int]] = {}
+        for index, plane in enumerate(self):
+            places.setdefault(plane.geometry, []).append(index)
+        stacks = []
+        for geometry, indices in places.items():
+            at = 0
+            while at < len(indices):
+                first, second = indices[at], indices[min(at + 1, len(indices) - 1)]
+                step, distance = second - first, self[second].base - self[first].base
+                count = 1
+                while (
+                    at + count < len(indices)
+                    and indices[at + count] - indices[at + count - 1] == step
+                    and self[indices[at + count]].base - self[indices[at + count - 1]].base == distance
+                ):
+                    count += 1
+                stacks.append(Stack(geometry, first, step or 1, count, self[first].base, distance))
+                at += count
+        return tuple(stacks)
 
 
 @dataclass(frozen=True)

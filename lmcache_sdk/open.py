@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmcache_sdk.api import Bytes, Chain, Lookup, Part, Reservation, Stats, Ticket
-from lmcache_sdk.backend import Url, open_backend
+from lmcache_sdk.backend import Url
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.spec import WHOLE, Namespace, Producer
-from lmcache_sdk.store import Limits, Store, Tier
+from lmcache_sdk.store import Limits, Store
+from lmcache_sdk.tiers import open_tiers
 
 DAEMON_SCHEME = "unix"
 
@@ -109,7 +110,7 @@ def open_cache(
 
     Args:
         url: ``unix:///run/user/1000/lmcache-sdk.sock``, ``lmdb:///var/lib/kv?size=50GiB``, ``memory://`` …; several
-            stores are tiers, fastest first.
+            stores are tiers, fastest first, and may have options behind ``#``, see ``docs/tiers.md``.
         pool_bytes, limits: of a pool in this process.
         shared: other processes than this one will copy, too (workers of an engine). A store then gets a daemon of its
             own, which has a pool of ``pool_bytes`` and ends with the cache, or with this process.
@@ -131,11 +132,8 @@ def open_cache(
         from lmcache_sdk.daemon.private import PrivateCache, start_private
 
         return PrivateCache(start_private(urls, pool_bytes), namespace, producer)
-    tiers: list[Tier] = []
+    tiers = open_tiers(urls)
     try:
-        for text in urls:  # one by one: those that did open are closed if a later one does not
-            tier = Tier(text.partition("://")[0], open_backend(text))
-            tiers.append(tier)
         store = Store(tiers, pool_bytes=pool_bytes, limits=limits)
         try:
             return LocalCache(store, namespace, producer)

@@ -6,11 +6,11 @@ that a slow one delays nobody else. One lock guards the core; no backend is call
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -18,7 +18,7 @@ import numpy as np
 
 from lmcache_sdk.adoption import Described, adopt, described, end_earlier_life, room_of, write_journal
 from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
-from lmcache_sdk.backend import Backend, Scan, Touch, Usage, UsageReport
+from lmcache_sdk.backend import Backend, RegisterMemory, Scan, Touch
 from lmcache_sdk.config import Tenant
 from lmcache_sdk.core import (
     Action,
@@ -39,7 +39,8 @@ from lmcache_sdk.core import (
 )
 from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, UnsupportedError
-from lmcache_sdk.eviction import Fair, Policy
+from lmcache_sdk.eviction import QUEUES, Fair, Policy
+from lmcache_sdk.janitor import Janitor
 from lmcache_sdk.jobs import Jobs, OpenSpace, Tier
 from lmcache_sdk.keys import Chain, Origin
 from lmcache_sdk.observe.events import EventLog
@@ -50,6 +51,7 @@ from lmcache_sdk.records import (
     HEADER_BYTES,
 )
 from lmcache_sdk.spec import Namespace, Producer
+from lmcache_sdk.workers import KnownUsage, Worker
 
 if TYPE_CHECKING:
     from lmcache_sdk.pool.journal import Journal, Recovered
@@ -57,9 +59,9 @@ if TYPE_CHECKING:
 _log = logger("store")
 _T = TypeVar("_T")
 
-READERS_PER_TIER = 2
 _TICK_S = 0.1
-_CLEARED_AT_ONCE = 1024
+_CLEARED_AT_ONCE = 256
+_TOUCHES = 64  # that wait for one tier; beyond it uses are not counted
 _PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is told at start
 
 _STATES = {
@@ -69,36 +71,6 @@ _STATES = {
     RequestState.MISS: LookupState.MISS,
     RequestState.CLAIMED: LookupState.READY,
 }
-
-
-class _Worker:
-    """A queue and the threads that empty it. A task must not raise; one that does is logged, the thread lives on."""
-
-    def __init__(self, name: str, threads: int = 1) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"lmcache-{name}-{i}", daemon=True) for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, task: Callable[[], None]) -> None:
-        self._tasks.put(task)
-
-    def stop(self, deadline: float) -> bool:
-        """End the threads after what is queued; False if one is still busy at the deadline."""
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            except Exception:  # noqa: BLE001 - a worker that dies silently stops all that is queued behind
-                _log.exception("a task of %s failed", threading.current_thread().name)
 
 
 class Store:
@@ -111,7 +83,9 @@ class Store:
         pool_bytes: without a pool: the size of a private one.
         limits: deadlines and bounds.
         tenants: what each may have of the pool; by default all have the same share.
-        policy: instead: what to evict first, and who may have room.
+        eviction: what of a tenant's to evict first, one of :data:`~lmcache_sdk.eviction.QUEUES`.
+        policy: instead of these two: what to evict first, and who may have room.
+        keep_pool: a shared pool is there for the next life, so that what is only in it need not be written at the end.
 
     Attributes:
         boot: this life of the store.
@@ -120,6 +94,7 @@ class Store:
     Raises:
         ConfigError: two tiers of one name, or a pool too small.
         UnsupportedError: a lossy codec.
+        BackendError: a tier refuses to work with the pool's memory.
     """
 
     def __init__(
@@ -130,7 +105,9 @@ class Store:
         pool_bytes: int = 1 << 30,
         limits: Limits | None = None,
         tenants: Mapping[str, Tenant] | None = None,
+        eviction: str = "lru",
         policy: Policy[Entry] | None = None,
+        keep_pool: bool = True,
     ) -> None:
         if len({tier.name for tier in tiers}) != len(tiers):
             raise ConfigError(f"tiers need different names, got {', '.join(tier.name for tier in tiers)}")
@@ -147,13 +124,17 @@ class Store:
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
         self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("pool", *self._tier_names, "none")}
         self._journal = self.pool.journal
+        limits = limits or Limits()
         self._core = Core(
             Extents(self.pool.sizes),
             [(tier.name, tier.backend.instant) for tier in tiers],
+            rules=[tier.rules for tier in tiers],
             limits=limits,
-            policy=policy if policy is not None else _fair(sum(self.pool.sizes), tenants or {}),
+            policy=policy if policy is not None else _fair(sum(self.pool.sizes), tenants or {}, eviction),
             seal=bool(tiers) or self._journal is not None,
         )
+        self._keeps_pool = keep_pool and self._journal is not None
+        self._register_memory()
         self._spaces: dict[Space, OpenSpace] = {}
         self._jobs = Jobs(self.pool, self.tiers, self._spaces, self.metrics)
         self._lock = threading.Lock()
@@ -162,15 +143,36 @@ class Store:
         self._closed = False
         self._stop = threading.Event()
         self._busy = threading.Event()
-        self._sealer = _Worker("seal")
-        self._readers = [_Worker(f"{tier.name}-read", READERS_PER_TIER) for tier in tiers]
-        self._writers = [_Worker(f"{tier.name}-write") for tier in tiers]
+        self._sealer = Worker("seal")
+        self._readers = [Worker(f"{tier.name}-read", limits.readers) for tier in tiers]
+        self._writers = [Worker(f"{tier.name}-write") for tier in tiers]
+        # Not the readers: whether a chunk is there is known long before the loads that wait in line.
+        self._probers = {
+            index: Worker(f"{tier.name}-probe", limits.readers)
+            for index, tier in enumerate(tiers)
+            if not tier.backend.instant
+        }
+        self._usage = [KnownUsage(tier.backend, writer) for tier, writer in zip(tiers, self._writers, strict=True)]
+        for usage in self._usage:
+            usage.refresh(time.monotonic())
         self._timer = threading.Thread(target=self._keep_time, name="lmcache-timer", daemon=True)
         self._timer.start()
         self._prefault = threading.Thread(
             target=self.pool.prefault, args=(self._stop,), name="lmcache-prefault", daemon=True
         )
         self._prefault.start()
+        self._janitors = [
+            Janitor(
+                tier.name,
+                tier.backend,
+                size=tier.size,
+                ttl_s=tier.ttl_s,
+                keep=self._has,
+                on_error=lambda error, index=index: self._tier_error(index, error),  # type: ignore[misc]
+            )
+            for index, tier in enumerate(tiers)
+            if tier.size or tier.ttl_s
+        ]
         self._recovered: list[Recovered] = []
         if self._journal is not None:
             self._adopt(self._journal)
@@ -183,28 +185,10 @@ class Store:
         Raises:
             ConfigError: one chunk does not fit the pool.
         """
-        spec = namespace.spec
-        spec.validate()
-        sizes = [extent_bytes(cell.nbytes) for cell in spec.cells]
-        if sum(sizes) > max(self.pool.sizes):
-            raise ConfigError(
-                f"one chunk has {sum(sizes)} bytes, the pool {sum(self.pool.sizes)}; "
-                f"raise pool_bytes or lower chunk_tokens ({spec.chunk_tokens})"
-            )
-        with self._lock:
-            space = self._core.open_space(Origin(namespace.id, producer.id), sizes)
-            opened = self._spaces.get(space)
-            if opened is None:
-                opened = self._spaces[space] = OpenSpace(space, namespace, producer)
-                room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
-                if room < _PROMPT_TOKENS:
-                    _log.warning(
-                        "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
-                        room, namespace.label or namespace.id, _PROMPT_TOKENS,
-                    )  # fmt: skip
-            if self._journal is not None:
+        opened = self._open(namespace, producer)
+        if self._journal is not None:
+            with self._lock:
                 self._journal.save_space(msgspec.json.encode(Described(namespace, producer)))
-        self._write_manifests(opened)
         return opened
 
     def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True, total: int = 0) -> Lookup:
@@ -235,7 +219,7 @@ class Store:
         return self._answer(request)
 
     def claim(self, rid: str, boundary: int, first: int, parts: int) -> Ticket | None:
-        claimed = self._event(lambda: self._core.claim(rid, boundary, first, parts))
+        claimed = self._event(lambda: self._core.claim(rid, boundary, first, parts, time.monotonic()))
         if claimed is None:
             return None
         lease, entries = claimed
@@ -258,8 +242,7 @@ class Store:
 
     def forget(self, rid: str) -> None:
         self._event(lambda: self._core.forget(rid))
-        with self._lock:
-            self._changed.notify_all()  # whoever waits for it
+        self._tell_change()  # whoever waits for it
 
     def reserve(
         self,
@@ -277,7 +260,14 @@ class Store:
         chunk_tokens = opened.spec.chunk_tokens if positions_known else 0
         answer = self._event(
             lambda: self._core.reserve(
-                opened.space, digests, first, cells, parent=parent, tenant=tenant, chunk_tokens=chunk_tokens
+                opened.space,
+                digests,
+                first,
+                cells,
+                time.monotonic(),
+                parent=parent,
+                tenant=tenant,
+                chunk_tokens=chunk_tokens,
             )
         )
         if answer is None:
@@ -314,8 +304,9 @@ class Store:
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
-        total = 0
-        while removed := self.clear_some(opened):
+        total, removed = 0, _CLEARED_AT_ONCE
+        while removed == _CLEARED_AT_ONCE:
+            removed = self.clear_some(opened)
             total += removed
         return total
 
@@ -323,19 +314,12 @@ class Store:
         """As much of :meth:`clear` as delays nobody else; to be repeated until the answer is 0."""
         if self._closed:
             return 0
-        prefix = opened.space.origin.prefix()
-
-        def clear_tier(backend: Backend) -> None:
-            if isinstance(backend, Scan):
-                backend.delete([stat.key for stat in backend.scan(prefix)])
-
-        removed = self._event(lambda: self._core.clear(opened.space, _CLEARED_AT_ONCE))
-        if removed < _CLEARED_AT_ONCE:  # that was the last of the pool, and no more of it is going to the tiers
-            for index in range(len(self.tiers)):
-                self._write_task(index, clear_tier)
-        return removed
+        return self._event(lambda: self._core.clear(opened.space, _CLEARED_AT_ONCE))
 
     def stats(self) -> Stats:
+        """Without waiting: what a tier says of itself is what it said last, after the last write if that was a second
+        ago; one that has not said yet has zeros.
+        """
         with self._lock:
             extents = self._core.extents
             pool = PoolStats(
@@ -347,7 +331,7 @@ class Store:
             )
             chunks = sum(len(space.entries) for space in self._core.spaces.values())
             leases = len(self._core.leases)
-            breakers = [state.breaker.state for state in self._core.tiers]
+            states = [(state.breaker.state, state.queued_bytes + state.waiting_bytes) for state in self._core.tiers]
         metrics = self.metrics
         for state in ("free", "used", "quarantined"):
             metrics.pool_bytes.labels(state).set(getattr(pool, f"{state}_bytes"))
@@ -355,53 +339,68 @@ class Store:
         metrics.pool_chunks.set(chunks)
         metrics.leases.set(leases)
         tiers = []
-        for tier, breaker in zip(self.tiers, breakers, strict=True):
-            usage = self._usage(tier)
+        for tier, known, (breaker, unwritten_bytes) in zip(self.tiers, self._usage, states, strict=True):
+            known.changed()  # others may write to it as well
+            usage = known.report
             numbers = (usage.records, usage.used_bytes, usage.capacity_bytes) if usage else (0, 0, 0)
-            tiers.append(TierStats(tier.name, *numbers, breaker))
+            tiers.append(TierStats(tier.name, *numbers, breaker, tier.rules.write.value, unwritten_bytes))
             if usage:
                 metrics.tier_records.labels(tier.name).set(usage.records)
                 metrics.tier_used_bytes.labels(tier.name).set(usage.used_bytes)
                 metrics.tier_capacity_bytes.labels(tier.name).set(usage.capacity_bytes)
             metrics.tier_breaker_open.labels(tier.name).set(breaker == "open")
+            metrics.tier_unwritten_bytes.labels(tier.name).set(unwritten_bytes)
+        self._busy.set()
         return Stats(pool, chunks, leases, tuple(tiers), metrics.values())
-
-    def _usage(self, tier: Tier) -> UsageReport | None:
-        """None where the tier cannot tell, or not now."""
-        if self._closed or not isinstance(tier.backend, Usage):
-            return None
-        try:
-            return tier.backend.usage()
-        except BackendError:
-            return None
 
     def drain(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        with self._lock:
-            while self._tasks or any(job.kind is not JobKind.FETCH for job in self._core.jobs.values()):
+        while not self.drained():
+            with self._lock:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                self._changed.wait(left)
+                if not self._written():
+                    self._changed.wait(min(left, _TICK_S))  # what is sealed meanwhile may have to be flushed as well
         return True
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        if self._closed:
-            return
-        deadline = time.monotonic() + timeout_s
-        if not self.drain(timeout_s):
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Write what is not yet in the tiers, and end; idempotent.
+
+        False if a call to a tier has not returned by then. It may still read from the pool and write to it: leave the
+        pool open then, so that nobody else gets its memory before this process ends. May be asked again.
+        """
+        if not self._closed:
+            self._end(time.monotonic() + timeout_s)
+        return not any(worker.alive for worker in self._workers())
+
+    def _workers(self) -> list[Worker]:
+        return [self._sealer, *self._readers, *self._writers, *self._probers.values()]
+
+    def _end(self, deadline: float) -> None:
+        if not self._keeps_pool:
+            self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
+        if not self.drain(deadline - time.monotonic()):
             with self._lock:
                 left = [f"{job.kind.value} {len(job.entries)} chunks" for job in self._core.jobs.values()]
-            _log.warning("closed with unfinished writes after %.1f s: %d tasks, %s", timeout_s, self._tasks, left)
+            _log.warning("closed with unfinished writes: %d tasks, %s", self._tasks, left)
         self._closed = True
         self._stop.set()
         self._busy.set()
         self._timer.join()
         self._prefault.join()
-        for worker in (self._sealer, *self._readers, *self._writers):
-            worker.stop(deadline)
+        for worker in self._workers():
+            worker.stop()
+        for janitor in self._janitors:
+            janitor.stop(deadline)
+        for worker in self._workers():
+            worker.join(deadline)
+        hung = any(worker.alive for worker in self._workers())  # in a call that may use the memory yet
         for tier in self.tiers:
             try:
+                if isinstance(tier.backend, RegisterMemory) and not hung:
+                    for segment in self.pool.segments:
+                        tier.backend.unregister_memory(segment.data)
                 tier.backend.close(max(0.1, deadline - time.monotonic()))
             except BackendError as error:
                 _log.warning("closing %s: %s", tier.name, error)
@@ -409,9 +408,15 @@ class Store:
     # For a daemon
 
     def drained(self) -> bool:
-        """Whether all that was published has reached the tiers."""
+        """Whether all that was published has reached the tiers; what waits for later starts on its way now."""
+        if self._core.writing.waiting:
+            self._event(lambda: self._core.writing.flush(time.monotonic()))
         with self._lock:
-            return not self._tasks and all(job.kind is JobKind.FETCH for job in self._core.jobs.values())
+            return self._written()
+
+    def _written(self) -> bool:
+        reading = all(job.kind is JobKind.FETCH for job in self._core.jobs.values())
+        return reading and not self._tasks and not self._core.writing.waiting
 
     def found(self, rid: str) -> tuple[Lookup, int]:
         """The state of a request's lookup, without waiting; and how many chunks from the front were found, loaded or
@@ -447,6 +452,20 @@ class Store:
         """See ``publish``."""
         self._event(lambda: self._core.publish(lease, chunks, time.monotonic()))
 
+    @property
+    def space_count(self) -> int:
+        """Namespaces, each with a producer, that are open."""
+        return len(self._spaces)
+
+    def close_spaces(self, but: Container[OpenSpace]) -> None:
+        """Forget all that have no chunks in the pool but these, whose users are about."""
+        with self._lock:
+            for space in self._core.close_spaces([s for s, opened in self._spaces.items() if opened not in but]):
+                del self._spaces[space]
+            if self._journal is not None:
+                left = [Described(opened.namespace, opened.producer) for opened in self._spaces.values()]
+                self._journal.keep_spaces([msgspec.json.encode(space) for space in left])
+
     def describe_spaces(self) -> list[dict[str, str | int]]:
         """What is open, for people."""
         with self._lock:
@@ -461,14 +480,15 @@ class Store:
                 for opened in self._spaces.values()
             ]
 
+    def count_to_root(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
+        """Chunks that a pin of these would keep from eviction: the prefix that is there, and all that it follows."""
+        with self._lock:
+            return self._core.count_to_root(opened.space, digests)
+
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes in the pool by tenant."""
         with self._lock:
             return dict(self._core.usage)
-
-    def release_parts(self, lease: int) -> None:
-        """Give back all parts of a lease: its holder is gone."""
-        self._event(lambda: self._core.release_all(lease))
 
     def abort_lease(self, lease: int) -> None:
         """Give back a reservation: its holder is gone."""
@@ -481,22 +501,65 @@ class Store:
             self._recovered = []
             self._event(lambda: end_earlier_life(self._core, journal, recovered))
 
+    def _open(self, namespace: Namespace, producer: Producer) -> OpenSpace:
+        """``open_space`` without a word in the journal."""
+        spec = namespace.spec
+        spec.validate()
+        sizes = [extent_bytes(cell.nbytes) for cell in spec.cells]
+        if sum(sizes) > max(self.pool.sizes):
+            raise ConfigError(
+                f"one chunk has {sum(sizes)} bytes, the pool {sum(self.pool.sizes)}; "
+                f"raise pool_bytes or lower chunk_tokens ({spec.chunk_tokens})"
+            )
+        with self._lock:
+            space = self._core.open_space(Origin(namespace.id, producer.id), sizes, spec.chunk_tokens)
+            opened = self._spaces.get(space)
+            if opened is None:
+                opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+                space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
+                room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
+                if room < _PROMPT_TOKENS:
+                    _log.warning(
+                        "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
+                        room, namespace.label or namespace.id, _PROMPT_TOKENS,
+                    )  # fmt: skip
+        self._write_manifests(opened)
+        return opened
+
     def _adopt(self, journal: Journal) -> None:
         """Take over what an earlier life left; nobody else uses the store yet."""
-        rooms = {}
-        for namespace, producer in ((d.namespace, d.producer) for d in described(journal.recovered_spaces)):
+        rooms, found = {}, []
+        for space in described(journal.recovered_spaces):
+            namespace = space.namespace
             try:
-                opened = self.open_space(namespace, producer)
+                opened = self._open(namespace, space.producer)
             except (ConfigError, UnsupportedError) as error:
                 _log.warning("not adopted: chunks of %s: %s", namespace.label or namespace.id, error)
                 continue
             rooms[opened.space.origin] = room_of(opened.space, namespace)
+            found.append((opened, msgspec.json.encode(space)))
         self._recovered, journal.recovered = journal.recovered, []
         self._core.extents.most = journal.capacity
         count = adopt(self._core, self.pool, self._recovered, rooms)
+        journal.keep_spaces([saved for opened, saved in found if opened.space.entries])
         self._core.extents.log = []
         if self._recovered:
             _log.info("adopted %d chunks from an earlier life of the pool", count)
+
+    def _register_memory(self) -> None:
+        for tier in self.tiers:
+            if isinstance(tier.backend, RegisterMemory):
+                for segment in self.pool.segments:
+                    tier.backend.register_memory(segment.data)
+
+    def _has(self, key: str) -> bool:
+        """Whether a record's chunk is in the pool."""
+        namespace, producer, fidelity, digest, *_ = (*key.split("/"), "", "", "", "")
+        space = self._core.spaces.get(Origin(namespace, producer, fidelity))
+        try:
+            return space is not None and bytes.fromhex(digest) in space.entries
+        except ValueError:
+            return False
 
     def check_integrity(self) -> None:
         with self._lock:
@@ -511,12 +574,17 @@ class Store:
             core = self._core
             if core.extents.log and self._journal is not None:
                 write_journal(self._journal, core.extents.log)
-            actions, core.actions = core.actions, []
-            if actions:
+            # A router must hear of a chunk in the order in which things happened to it: so that is under the lock.
+            changed = bool(core.actions)
+            actions = [action for action in core.actions if not self._tell(action)]
+            core.actions.clear()
+            if changed:
                 self._changed.notify_all()
-            if (core.jobs or core.requests or core.pins) and not self._busy.is_set():
+            if core.waits and not self._busy.is_set():
                 self._busy.set()
         self._carry_out_all(actions)
+        if changed:
+            self.on_change()
         return answer
 
     def _carry_out_all(self, actions: list[Action]) -> None:
@@ -530,8 +598,6 @@ class Store:
             if done < len(actions):
                 with self._lock:
                     self._core.actions[:0] = actions[done:]
-        if actions:
-            self.on_change()
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -548,17 +614,24 @@ class Store:
                 if self.tiers[action.tier].backend.instant:
                     self._probe(action)
                 else:
-                    self._readers[action.tier].submit(lambda: self._probe(action))
+                    self._probers[action.tier].submit(lambda: self._probe_if_wanted(action))
             case Resolved(request):
                 self._count(request)
+            case DeleteRecords():
+                self._delete_records(action)
+
+    def _tell(self, action: Action) -> bool:
+        """Whether that was all there is to do about it."""
+        match action:
             case Stored(origin, digest, parent):
                 self.events.add(stored=True, namespace=origin.namespace, digest=digest, parent=parent or b"")
+                return True
             case Removed(origin, digest, reason, since):
                 if since:
                     self.metrics.residence_seconds.labels(reason).observe(time.monotonic() - since)
                 self.events.add(stored=False, namespace=origin.namespace, digest=digest, reason=reason)
-            case DeleteRecords(origin, digests):
-                self._delete_records(origin, digests)
+                return True
+        return False
 
     def _run(self, job: Job, work: Callable[[Job], list[bool]]) -> None:
         """One job, in a worker's thread. Whatever happens, the core is told that it has ended."""
@@ -576,6 +649,12 @@ class Store:
             failed = True
             self._tier_error(job.tier, error)
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
+        if job.kind is JobKind.PUT:
+            self._usage[job.tier].changed()
+            self._busy.set()
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         with self._lock:
             self._changed.notify_all()
         self.on_change()
@@ -585,46 +664,62 @@ class Store:
         self.metrics.tier_errors.labels(name, type(error).__name__).inc()
         _log.warning("%s: %s: %s", name, type(error).__name__, error, exc_info=not isinstance(error, BackendError))
 
+    def _probe_if_wanted(self, probe: Probe) -> None:
+        """In a thread of the tier's, which may have been long in coming."""
+        with self._lock:
+            wanted = self._core.probe_started(probe, time.monotonic())
+        if wanted:
+            self._probe(probe)
+
     def _probe(self, probe: Probe) -> None:
-        request, backend = probe.request, self.tiers[probe.tier].backend
+        request = probe.request
         opened = self._spaces[request.space]
-        cells = len(opened.payload_bytes)
-        count, step, failed = 0, 2, False
+        count, step, failed = 0, 1, False
         try:
             while (at := probe.start + count) < request.length:
-                digests = request.chain.digests(at + step)[at:]
-                keys = [key for digest in digests for key in opened.keys(digest)]
-                present = backend.prefix_len(keys) // cells
+                present = self._jobs.present(probe.tier, opened, request.chain, at, step)
                 count += present
-                if present < len(digests):
+                if present < step:
                     break
                 step *= 4
         except Exception as error:  # noqa: BLE001 - as in _run
             failed = True
             self._tier_error(probe.tier, error)
-        self._event(lambda: self._core.probed(request, probe.tier, count, time.monotonic(), failed=failed))
+        self._event(lambda: self._core.probed(probe, count, time.monotonic(), failed=failed))
 
     def _touch_tiers(self, entries: Sequence[Entry]) -> None:
         """A hit in the pool is a use for the tiers as well; else they evict what is used most."""
         opened = self._spaces[entries[0].space]
         for index, tier in enumerate(self.tiers):
-            if isinstance(tier.backend, Touch):
+            if isinstance(tier.backend, Touch) and self._writers[index].waiting < _TOUCHES:
                 touch = tier.backend.touch
                 self._write_task(index, lambda _, touch=touch: touch(self._jobs.keys_to_root(opened, entries[-1])))  # type: ignore[misc]
 
-    def _delete_records(self, origin: Origin, digests: Sequence[bytes]) -> None:
+    def _delete_records(self, action: DeleteRecords) -> None:
         with self._lock:
-            opened = self._spaces[self._core.spaces[origin]]
-        keys = [key for digest in digests for key in opened.keys(digest)]
+            opened = self._spaces[self._core.spaces[action.origin]]
+
+        def delete(tier: int, backend: Backend) -> None:
+            if action.digests is not None:
+                self._jobs.delete(tier, opened, action.digests)
+            elif isinstance(backend, Scan):
+                backend.delete([stat.key for stat in backend.scan(action.origin.prefix())])
+
         for index in range(len(self.tiers)):
-            self._write_task(index, lambda backend: backend.delete(keys))
+            self._write_task(index, partial(delete, index), lambda: self._core.records_deleted(action))
 
     def _write_manifests(self, opened: OpenSpace) -> None:
         for index in range(len(self.tiers)):
             self._write_task(index, lambda backend: backend.put(opened.manifests))
 
-    def _write_task(self, tier: int, task: Callable[[Backend], object]) -> None:
-        """Something else for a tier's writer, in order with its puts."""
+    def _write_task(
+        self, tier: int, task: Callable[[Backend], object], then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Something else for a tier's writer, in order with its puts; the core is told when it has ended."""
+
+        def ended() -> None:
+            self._tasks -= 1
+            then()
 
         def run() -> None:
             try:
@@ -632,22 +727,27 @@ class Store:
             except Exception as error:  # noqa: BLE001 - as in _run
                 self._tier_error(tier, error)
             finally:
-                with self._lock:
-                    self._tasks -= 1
-                    self._changed.notify_all()
-                self.on_change()
+                self._event(ended)
+                self._usage[tier].changed()
+                self._busy.set()
+                self._tell_change()
 
         with self._lock:
             self._tasks += 1
         self._writers[tier].submit(run)
 
     def _keep_time(self) -> None:
-        """Tick while there is anything that can expire; sleep while there is not."""
+        """Tick while there is anything that can expire, or a tier to be asked; sleep while there is not."""
         while not self._stop.wait(_TICK_S):
             self._busy.wait()
             with self._lock:
                 self._busy.clear()
-            self._event(lambda: self._core.tick(time.monotonic()))
+            now = time.monotonic()
+            self._event(lambda now=now: self._core.tick(now))  # type: ignore[misc]
+            for usage in self._usage:
+                usage.refresh(now)
+                if usage.stale:
+                    self._busy.set()
 
     def _answer(self, request: Request) -> Lookup:
         state = _STATES[request.state]
@@ -677,11 +777,12 @@ class Store:
             return dict(self._core.counters)
 
 
-def _fair(pool_bytes: int, tenants: Mapping[str, Tenant]) -> Fair[Entry]:
+def _fair(pool_bytes: int, tenants: Mapping[str, Tenant], eviction: str) -> Fair[Entry]:
     return Fair(
         pool_bytes,
         weights={name: tenant.weight for name, tenant in tenants.items()},
         quotas={name: tenant.quota for name, tenant in tenants.items() if tenant.quota},
+        queue=QUEUES[eviction],
     )
 
 

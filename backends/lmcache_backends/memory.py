@@ -34,7 +34,7 @@ class MemoryBackend:
     def from_url(cls, url: Url) -> Self:
         """``memory://[?size=1GiB]``. Raises ConfigError."""
         if url.host or url.path not in ("", "/"):
-            raise ConfigError(f"memory:// takes no host or path, got {url.text!r}")
+            raise ConfigError(f"memory:// takes no host or path, got {url.shown!r}")
         text = url.take("size")
         url.finish()
         return cls(parse_size(text) if text else 0)

@@ -22,7 +22,7 @@ class NoopBackend:
     def from_url(cls, url: Url) -> Self:
         """``noop://``. Raises ConfigError for anything more."""
         if url.host or url.path not in ("", "/"):
-            raise ConfigError(f"noop:// takes no host or path, got {url.text!r}")
+            raise ConfigError(f"noop:// takes no host or path, got {url.shown!r}")
         url.finish()
         return cls()
 

@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from lmcache_sdk import __version__
+from lmcache_sdk.cli.backend import backend
 from lmcache_sdk.cli.daemon import serve, status, top
 from lmcache_sdk.cli.doctor import doctor
 from lmcache_sdk.cli.settings import config
@@ -91,6 +92,7 @@ app = typer.Typer(cls=CommandGroup, no_args_is_help=True, **_PLAIN)
 for _command_function in (serve, status, top, doctor, ls, du, clear, gc):
     app.command()(_command_function)
 app.add_typer(config, name="config")
+app.add_typer(backend, name="backend")
 
 
 def _version(wanted: bool) -> None:

@@ -18,7 +18,10 @@ from lmcache_sdk.errors import BackendUnavailable, ConfigError
 from lmcache_sdk.observe.logs import log_to_stderr
 
 SocketOption = Annotated[
-    Path | None, typer.Option("--socket", help="The daemon's socket; by default the configured one, else this user's.")
+    Path | None,
+    typer.Option(
+        "--socket", readable=False, help="The daemon's socket; by default the configured one, else this user's."
+    ),
 ]
 
 
@@ -26,8 +29,10 @@ def serve(
     socket: Annotated[str | None, typer.Option(help="Where to listen. [default: in $XDG_RUNTIME_DIR]")] = None,
     pool: Annotated[str | None, typer.Option(help="Memory for chunks, like 20GiB. [default: 1GiB]")] = None,
     tier: Annotated[
-        list[str] | None, typer.Option(help="URL of a store below the pool; repeat it, fastest first.")
+        list[str] | None,
+        typer.Option(help="URL of a store below the pool, with options behind #; repeat it, fastest first."),
     ] = None,
+    eviction: Annotated[str | None, typer.Option(help="What gives room first: lru or s3fifo. [default: lru]")] = None,
     group: Annotated[str | None, typer.Option(help="Members of this group may use the daemon, too.")] = None,
     require_salt: Annotated[
         bool | None, typer.Option("--require-salt", help="Serve only requests that have a cache salt.")
@@ -56,6 +61,7 @@ def serve(
             "socket": socket,
             "pool_bytes": pool,
             "tiers": tier or None,
+            "eviction": eviction,
             "group": group,
             "require_salt": require_salt,
             "keep_pool": keep_pool,
@@ -89,13 +95,16 @@ def status(
         typer.echo(line)
     details = seen.details
     _table(
-        ("TIER", "RECORDS", "USED", "OF", "BREAKER"),
+        ("TIER", "RECORDS", "USED", "OF", "WRITE", "QUEUED", "DROPPED", "BREAKER"),
         [
             (
                 tier.name,
                 f"{tier.records:,}",
                 format_size(tier.used_bytes),
                 format_size(tier.capacity_bytes) if tier.capacity_bytes else "-",
+                tier.write,
+                format_size(tier.unwritten_bytes),
+                f"{seen.total('lmcache_dropped_chunks_total', where=tier.name):,.0f}",
                 tier.breaker,
             )
             for tier in seen.stats.tiers
@@ -239,13 +248,17 @@ def _activity(before: Seen, seen: Seen, seconds: float) -> Iterator[str]:
             f"{way} {size_rate('lmcache_tier_bytes_total', tier=tier.name, direction=way)}" for way in ("read", "write")
         )
         errors = rate("lmcache_tier_errors_total", tier=tier.name)
-        yield f"{tier.name:9} {', '.join(moved)}, {errors:,.1f} errors/s, breaker {tier.breaker}"
+        dropped = rate("lmcache_dropped_chunks_total", where=tier.name)
+        yield (
+            f"{tier.name:9} {', '.join(moved)}, {format_size(tier.unwritten_bytes)} to write, "
+            f"{dropped:,.1f} dropped/s, {errors:,.1f} errors/s, breaker {tier.breaker}"
+        )
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     if rows:
         typer.echo()
-        print_table(heads, rows, right=("RECORDS", "USED", "OF", "HELD", "CHUNKS", "BYTES"))
+        print_table(heads, rows, right=("RECORDS", "USED", "OF", "QUEUED", "DROPPED", "HELD", "CHUNKS", "BYTES"))
 
 
 def _socket(socket: Path | None) -> Path:

@@ -14,17 +14,18 @@ import msgspec
 import typer
 
 from lmcache_sdk import __version__
-from lmcache_sdk.backend import Scan, Url, Usage, UsageReport, open_backend
+from lmcache_sdk.backend import Scan, Usage, UsageReport, install_command
 from lmcache_sdk.cli.inventory import Standing, survey
 from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
 from lmcache_sdk.cli.output import counted, print_json
 from lmcache_sdk.cli.settings import setting_texts
-from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, local_path, missing_store, shown
-from lmcache_sdk.config import Config, default_url, format_size, settle
+from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, address, local_path, missing_store
+from lmcache_sdk.config import Config, default_url, format_size, hide_secrets, settle
 from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
 from lmcache_sdk.kernels import describe_kernels, kernels_for
 from lmcache_sdk.pool import extent_bytes
 from lmcache_sdk.spec import CellGrid, namespace_of, weights_fingerprint
+from lmcache_sdk.tiers import open_tier
 
 _DEPENDENCIES = ("lmdb", "msgspec", "numpy", "prometheus-client", "pyyaml", "typer", "xxhash")
 _ENGINES = ("torch", "transformers", "vllm", "sglang")
@@ -179,8 +180,12 @@ def _plugin(kind: str, entry: EntryPoint) -> Finding:
     try:
         entry.load()
     except ImportError as error:
-        finding.status, finding.text = "warn", f"{finding.text} cannot be used: {error}"
-        finding.fix = "install what it needs, if you want to use it"
+        install = install_command(entry)
+        if install and isinstance(error, ModuleNotFoundError):  # nobody needs all of them
+            finding.text, finding.fix = f"not installed ({package})", f"{install}, if you want to use it"
+        else:
+            finding.status, finding.text = "warn", f"{finding.text} cannot be used: {error}"
+            finding.fix = install or "install what it needs, if you want to use it"
     except Exception as error:  # noqa: BLE001  other people's code: that it fails is the finding
         finding.status, finding.text = "bad", f"{finding.text} fails: {type(error).__name__}: {error}"
         finding.fix = f"update or remove {package}"
@@ -188,12 +193,12 @@ def _plugin(kind: str, entry: EntryPoint) -> Finding:
 
 
 def _store(url: str) -> Iterator[Finding]:
-    parsed = Url(url)
+    parsed = address(url)
     if missing := missing_store(parsed):
         yield _absent(missing)
     else:
         try:
-            backend = open_backend(url)
+            backend = open_tier(url).backend
         except BackendLocked as error:
             yield Finding("store", "in use", str(error))
         else:
@@ -211,7 +216,7 @@ def _store(url: str) -> Iterator[Finding]:
 
 
 def _opened(url: str, usage: UsageReport | None) -> Finding:
-    finding = Finding("store", "opens", shown(url))
+    finding = Finding("store", "opens", hide_secrets(url))
     if usage:
         of = f" of {format_size(usage.capacity_bytes)}" if usage.capacity_bytes else ""
         finding.text += f": {counted(usage.records, 'record')}, {format_size(usage.used_bytes)}{of}"
@@ -234,7 +239,7 @@ def _absent(place: Path) -> Finding:
 def _namespaces(url: str, count: int, stale: int) -> Finding:
     finding = Finding("store", "namespaces", f"{count}, {stale} of them stale")
     if stale:
-        finding.status, finding.fix = "warn", f"lmcache-sdk gc '{shown(url)}'"
+        finding.status, finding.fix = "warn", f"lmcache-sdk gc '{hide_secrets(url)}'"
     return finding
 
 
@@ -304,12 +309,13 @@ def _speeds(url: str) -> Iterator[Finding]:
         return found
 
     yield from map(finding, memory_speeds())
-    place = local_path(Url(url))
+    parsed = address(url)
+    place = local_path(parsed)
     if place is None:
         return
     beside = place if place.is_mount() else _nearest(place.parent)  # in any case on the store's own disk
     if os.access(beside, os.W_OK | os.X_OK):
-        yield from map(finding, store_speeds(Url(url).scheme, url.partition("?")[2], beside))
+        yield from map(finding, store_speeds(parsed.scheme, parsed.text.partition("?")[2], beside))
     else:
         yield Finding("speed", "store", f"not measured: {beside} is not writable for this user", "warn")
 

@@ -14,6 +14,7 @@ from lmcache_sdk.backend import Miss, Stat
 from lmcache_sdk.cli.target import Listed
 from lmcache_sdk.errors import ConfigError, RecordError
 from lmcache_sdk.keys import Origin
+from lmcache_sdk.packs import split_key
 from lmcache_sdk.records import HEADER_BYTES, RecordKey, check_record, read_header
 from lmcache_sdk.spec import Namespace, Producer, weights_fingerprint
 
@@ -27,7 +28,7 @@ _OTHER_SCHEMA = "its description is of another schema version"
 
 
 class Key(NamedTuple):
-    """The parts of a key; those that a manifest's key does not have are empty."""
+    """The parts of a key; those that a manifest's key does not have are empty. ``size``: chunks in the record."""
 
     namespace: str
     producer: str
@@ -35,6 +36,7 @@ class Key(NamedTuple):
     digest: str
     group: str
     cell: str
+    size: int = 1
 
     @property
     def is_manifest(self) -> bool:
@@ -43,8 +45,9 @@ class Key(NamedTuple):
 
 def parse_key(text: str) -> Key | None:
     """None if it is no key of ours."""
+    text, size = split_key(text)
     match = _KEY.fullmatch(text)
-    return Key(*(match[name] or "" for name in Key._fields)) if match else None
+    return Key._make([*(match[name] or "" for name in Key._fields[:-1]), size]) if match else None
 
 
 class Record(NamedTuple):
@@ -101,7 +104,7 @@ class Space:
     @property
     def chunks(self) -> int:
         """Chunks of which at least one cell is there; each producer's counts."""
-        return len({(k.producer, k.fidelity, k.digest) for _, k in self.records if not k.is_manifest})
+        return sum(k[-1] for k in {(k.producer, k.fidelity, k.digest, k.size) for _, k in self.records if k.digest})
 
     def cells(self) -> dict[tuple[str, str], int]:
         """Decoded bytes by group and name of a cell; empty if the manifest is missing."""
@@ -209,7 +212,7 @@ def misfits(space: Space) -> Iterator[Broken]:
             continue
         if cells and (key.group, key.cell) not in cells:
             yield Broken(stat, "no such cell in this namespace")
-        elif stat.nbytes < HEADER_BYTES:
+        elif stat.nbytes < HEADER_BYTES * key.size:
             yield Broken(stat, "too short for a record")
 
 
@@ -224,6 +227,19 @@ def damaged(backend: Listed, found: Survey, records: Iterable[Record]) -> Iterat
         try:
             # Without a manifest, the header is taken at its word about the size.
             nbytes = cells[key.namespace].get((key.group, key.cell)) or read_header(content).logical_bytes
-            check_record(content, expected, nbytes)
+            *others, last = _parts(content, key.size, nbytes)
+            for part in others:  # which is named for the last one only
+                check_record(part, expected._replace(digest=read_header(part).key.digest), nbytes)
+            check_record(last, expected, nbytes)
         except RecordError as error:
             yield record, f"bad {error.reason}"
+
+
+def _parts(content: memoryview, size: int, nbytes: int) -> list[memoryview]:
+    """The records of a block, see ``packs.py``. Raises RecordError."""
+    if size == 1:
+        return [content]
+    each = HEADER_BYTES + nbytes
+    if len(content) != size * each:
+        raise RecordError("length", f"{size} records of {each} bytes are not {len(content)}")
+    return [content[at : at + each] for at in range(0, len(content), each)]

@@ -10,9 +10,9 @@ import typer
 
 from lmcache_sdk.backend import schemes
 from lmcache_sdk.cli.output import counted, print_json, print_table
-from lmcache_sdk.cli.target import shown
-from lmcache_sdk.config import Config, Settled, default_socket, default_url, format_size, settle
+from lmcache_sdk.config import Config, Settled, default_socket, default_url, format_size, hide_secrets, settle
 from lmcache_sdk.errors import ConfigError
+from lmcache_sdk.tiers import parse_tier
 
 config = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Show and check the configuration."
@@ -30,7 +30,7 @@ def show(
         raise ConfigError("; ".join(settled.problems))
     if json:
         values = msgspec.to_builtins(settled.config)
-        values |= {"url": shown(values["url"]), "tiers": [shown(url) for url in values["tiers"]]}
+        values |= {"url": hide_secrets(values["url"]), "tiers": [hide_secrets(url) for url in values["tiers"]]}
         print_json({name: {"value": value, "source": settled.sources[name]} for name, value in values.items()})
         return
     rows = [(name, text, settled.sources[name]) for name, text in setting_texts(settled.config).items()]
@@ -52,12 +52,16 @@ def check(file: Annotated[Path, typer.Argument(help="A YAML file of settings.")]
 
 def daemon_problems(settled: Settled) -> list[str]:
     """What a daemon would refuse on this machine, beside what is wrong anywhere."""
-    known, urls = schemes(), settled.config.tiers
-    found = [
-        f"unknown scheme {scheme!r} in tiers ({shown(url)}); installed are: {', '.join(known)}"
-        for url, scheme in zip(urls, (url.partition("://")[0] for url in urls), strict=True)
-        if scheme not in known
-    ]
+    found, known = [], schemes()
+    for text in settled.config.tiers:
+        try:
+            scheme = parse_tier(text).url.partition("://")[0]
+        except ConfigError as error:
+            found.append(str(error))
+            continue
+        if scheme not in known:
+            shown = hide_secrets(text)
+            found.append(f"unknown scheme {scheme!r} in tiers ({shown}); installed are: {', '.join(known)}")
     for name in ("metrics_token_file", "metrics_cert", "metrics_key"):
         place = getattr(settled.config, name)
         if place and not Path(place).is_file():
@@ -86,11 +90,11 @@ def setting_texts(config: Config) -> dict[str, str]:
     texts = {}
     for name, value in msgspec.structs.asdict(config).items():
         if name == "url":
-            text = shown(value or default_url())
+            text = hide_secrets(value or default_url())
         elif name == "socket":
             text = value or str(default_socket())
         elif name == "tiers":
-            text = " ".join(map(shown, value))
+            text = " ".join(map(hide_secrets, value))
         else:
             text = format_size(value) if name.endswith("_bytes") else str(value)
         texts[name] = text or "-"

@@ -12,8 +12,8 @@ import typer
 from lmcache_sdk.backend import Stat, Usage
 from lmcache_sdk.cli.inventory import Space, Standing, Survey, damaged, misfits, survey
 from lmcache_sdk.cli.output import counted, print_json, print_table
-from lmcache_sdk.cli.target import Listed, existing_store, shown, target
-from lmcache_sdk.config import format_size
+from lmcache_sdk.cli.target import Listed, existing_store, target
+from lmcache_sdk.config import format_size, hide_secrets
 from lmcache_sdk.errors import ConfigError
 
 UrlArgument = Annotated[
@@ -44,7 +44,7 @@ def ls(url: UrlArgument = None, json: JsonOption = False) -> None:
         print_json(rows)
         return
     if not rows:
-        typer.echo(f"no namespaces in {shown(target(url))}")
+        typer.echo(f"no namespaces in {hide_secrets(target(url))}")
     for at, row in enumerate(rows):
         if at:
             typer.echo()
@@ -162,7 +162,7 @@ def clear(
             stats = [record.stat for record in chosen[0].records]
         what = f"{counted(len(stats), 'record')}, {format_size(_nbytes(stats))}"
         if stats and not yes:
-            _confirm(f"Delete {what} from {shown(target(url))}?")
+            _confirm(f"Delete {what} from {hide_secrets(target(url))}?")
         removed = _delete(backend, stats)
     if json:
         ids = [space.id for space in chosen]

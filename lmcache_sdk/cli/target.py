@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from lmcache_sdk.backend import Backend, Scan, Url, open_backend, schemes
+from lmcache_sdk.backend import Backend, Scan, Url, schemes
 from lmcache_sdk.config import default_url, load_config
 from lmcache_sdk.errors import ConfigError, UnsupportedError
-from lmcache_sdk.observe.logs import masked
+from lmcache_sdk.tiers import open_tier
 
 CLOSE_TIMEOUT_S = 60.0
 
@@ -24,14 +24,14 @@ def target(url: str | None) -> str:
     return url or load_config().url or default_url()
 
 
+def address(url: str) -> Url:
+    """The backend's part of a tier, ``URL[#options]``."""
+    return Url(url.partition("#")[0])
+
+
 def local_path(url: Url) -> Path | None:
     """The directory that a URL without a host names."""
     return Path(url.path) if not url.host and len(url.path) > 1 else None
-
-
-def shown(url: str) -> str:
-    """A URL as it may be printed: without passwords."""
-    return masked(url)
 
 
 def missing_store(url: Url) -> Path | None:
@@ -56,9 +56,9 @@ def existing_store(url: str) -> Iterator[Listed]:
         UnsupportedError: the backend cannot list its records.
         BackendError: it cannot be opened.
     """
-    if place := missing_store(Url(url)):
+    if place := missing_store(address(url)):
         raise ConfigError(f"there is no store in {place}; give the URL that the cache was used with")
-    backend = open_backend(url)
+    backend = open_tier(url).backend
     try:
         if not isinstance(backend, Scan):
             raise UnsupportedError(f"{url.partition(':')[0]}:// cannot list its records")

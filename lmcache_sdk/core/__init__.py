@@ -12,8 +12,9 @@ from lmcache_sdk.core.actions import (
     Stored,
 )
 from lmcache_sdk.core.breaker import Breaker
-from lmcache_sdk.core.core import Core, Limits
+from lmcache_sdk.core.core import Core
 from lmcache_sdk.core.entries import Entry, EntryState, Request, RequestState, Reserved, Space
+from lmcache_sdk.core.tiers import Limits
 
 __all__ = [
     "Action",

@@ -25,6 +25,7 @@ class Job:
     Attributes:
         tier: -1 for SEAL and VERIFY.
         ahead: of a read: bytes that its tier reads first, its own included; they have their time before the deadline.
+        leaving: of a write of what is to be evicted then: when it began, as :attr:`Index.tick`; else None.
     """
 
     id: int
@@ -35,6 +36,7 @@ class Job:
     ahead: int = 0
     abandoned: bool = False
     started: bool = False
+    leaving: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +46,30 @@ class StartJob:
     job: Job
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Probe:
     """Ask a tier how many chunks from ``start`` on it has; answer by :meth:`Core.probed`."""
 
     request: Request
     tier: int
     start: int
+    deadline: float
+    abandoned: bool = False
+    started: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class DeleteRecords:
-    """Delete these chunks' records from all tiers, after the writes that were started before."""
+    """Delete these chunks' records (None = all of the origin that can be listed) from all tiers, after the writes that
+    were started before; tell each tier's end by :meth:`Core.records_deleted`. Until then none is loaded.
+
+    Attributes:
+        left: tiers that have not ended.
+    """
 
     origin: Origin
-    digests: tuple[bytes, ...]
+    digests: tuple[bytes, ...] | None
+    left: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
+from lmcache_sdk.core.parted import ByDigest
 from lmcache_sdk.keys import Chain, Origin
 
 
@@ -20,6 +21,14 @@ class EntryState(IntEnum):
     DEAD = 3  # out of the index; its memory comes back when the last hold is dropped
 
 
+class Mark(IntEnum):
+    """What else is known of a chunk; each a bit."""
+
+    AGAIN = 1  # a request has found it, or it was stored again after it had gone
+    DEEP = 2  # one behind it has been written to a tier
+    PASSING = 4  # from a tier whose chunks give their room first
+
+
 class Entry:
     """A chunk in the pool. ``extents[cell]`` is an address, or None for a cell that nobody has reserved."""
 
@@ -29,7 +38,9 @@ class Entry:
         "extents",
         "first_position",
         "holds",
+        "marks",
         "parent",
+        "queued",
         "readable_since",
         "sealed",
         "space",
@@ -37,6 +48,7 @@ class Entry:
         "tenant",
         "tick",
         "tiers",
+        "uses",
         "waiters",
         "written",
     )
@@ -54,20 +66,36 @@ class Entry:
         self.holds = 0
         self.sealed = False
         self.tiers = 0  # a bit for each tier known to have it
+        self.queued = 0  # a bit for each tier to which it is written or waits to be
+        self.marks = 0
         self.tick = 0
+        self.uses = 0  # by requests that found it, see eviction
         self.readable_since = 0.0
         self.waiters: list[tuple[Request, int]] = []
 
 
 class Space:
-    """All entries of one origin. ``cell_bytes[cell]`` is the size of a cell's extent."""
+    """All entries of one origin. ``cell_bytes[cell]`` is the size of a cell's extent.
 
-    def __init__(self, origin: Origin, cell_bytes: Sequence[int]) -> None:
+    Attributes:
+        chunk_tokens: in a chunk.
+        deletions: how many chunks have been deleted so far.
+        deleting: chunks whose records are about to be deleted from the tiers, and how many times.
+        clearing: how many times all of them are about to be.
+        block_chunks: how many consecutive chunks a tier likes to get together, see ``packs.py``.
+    """
+
+    def __init__(self, origin: Origin, cell_bytes: Sequence[int], chunk_tokens: int) -> None:
         self.origin = origin
+        self.chunk_tokens = chunk_tokens
         self.cell_bytes = tuple(cell_bytes)
         self.chunk_bytes = sum(cell_bytes)
         self.all_cells = (1 << len(cell_bytes)) - 1
-        self.entries: dict[bytes, Entry] = {}
+        self.entries: ByDigest[Entry] = ByDigest()
+        self.deletions = 0
+        self.deleting: Counter[bytes] = Counter()
+        self.clearing = 0
+        self.block_chunks = 1
 
 
 class RequestState(StrEnum):
@@ -86,12 +114,14 @@ class Request:
     __slots__ = (
         "chain",
         "deadline",
+        "deletions",
         "entries",
         "fetch",
         "fidelity",
         "goals",
         "hold",
         "lacking",
+        "lease",
         "length",
         "limit",
         "pending",
@@ -117,6 +147,8 @@ class Request:
         self.started = started
         self.deadline = deadline
         self.state = RequestState.WALKING
+        self.deletions = space.deletions  # as of when all its entries were known to be in the index
+        self.lease = 0  # once it is CLAIMED
         self.entries: list[Entry | None] = []  # None: only a tier has it
         self.fetch: dict[int, int] = {}  # position -> tier
         self.goals: dict[int, int] = {}  # tier -> bytes read from it by when all is here, see ReadingSpeed

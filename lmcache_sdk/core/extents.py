@@ -7,9 +7,11 @@ Allocating and freeing cost O(log of the number of distinct hole sizes), whateve
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from itertools import chain, pairwise
+from itertools import pairwise
+
+from lmcache_sdk.core.parted import ByAddress
 
 SEGMENT_SHIFT = 40
 ALIGNMENT = 64
@@ -28,39 +30,6 @@ def segment_of(address: int) -> int:
 def offset_of(address: int) -> int:
     """Bytes from the start of the segment."""
     return address & ((1 << SEGMENT_SHIFT) - 1)
-
-
-class ByAddress(MutableMapping[int, int]):
-    """Numbers by address. Where a dict of a million pauses for 30 ms to grow, this grows in parts."""
-
-    _PART_SHIFT, _PARTS = 24, 256
-
-    def __init__(self, items: Iterable[tuple[int, int]] = ()) -> None:
-        self._parts: list[dict[int, int]] = [{} for _ in range(self._PARTS)]
-        self._length = 0
-        self.update(items)
-
-    def _part(self, address: int) -> dict[int, int]:
-        return self._parts[(address >> self._PART_SHIFT) % self._PARTS]
-
-    def __getitem__(self, address: int) -> int:
-        return self._part(address)[address]
-
-    def __setitem__(self, address: int, number: int) -> None:
-        part = self._part(address)
-        self._length -= len(part)
-        part[address] = number
-        self._length += len(part)
-
-    def __delitem__(self, address: int) -> None:
-        del self._part(address)[address]
-        self._length -= 1
-
-    def __iter__(self) -> Iterator[int]:
-        return chain.from_iterable(self._parts)
-
-    def __len__(self) -> int:
-        return self._length
 
 
 class Note(IntEnum):
@@ -94,7 +63,7 @@ class Extents:
         self.most: int | None = None
         self.total_bytes = 0
         self.quarantined_bytes = 0
-        self._allocated = ByAddress()
+        self._allocated: ByAddress[int] = ByAddress()
         self._quarantined: set[int] = set()
         self._hole_at: dict[int, int] = {}  # start -> size
         self._hole_ending_at: dict[int, int] = {}  # end -> start

@@ -16,7 +16,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +42,9 @@ _FIRST_DIGESTS = 16
 _GROWTH = 128  # a round trip costs as much as some hundred digests, which a store of the rest needs as well
 _CLEAR_S = 60.0
 _MOST_ASKED = 4096  # requests whose digests the daemon is known to have
+_MOST_CLAIMED = 16_384
+_UNTAKEN_S = 60.0  # for a worker to take its part of a claim
+_LAST_WORD_S = 0.03  # for what is said at the end, though no time is left
 _EMPTY = Stats(PoolStats(0, 0, 0, 0, 0), 0, 0, (), {})
 
 
@@ -54,6 +58,8 @@ class Channel:
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._frames = p.FrameReader()
+        self._replied = select.poll()
+        self._replied.register(self._socket, select.POLLIN)
         self.descriptors: list[int] = []
         try:
             self._socket.settimeout(timeout_s)
@@ -70,13 +76,17 @@ class Channel:
         """
         return self.send(p.encode(message), timeout_s, hello=isinstance(message, p.Hello))
 
-    def send(self, frame: bytes, timeout_s: float, *, hello: bool = False) -> p.Message:
-        """See :meth:`call`."""
+    def send(
+        self, frame: bytes, timeout_s: float, *, hello: bool = False, meanwhile: Callable[[], bool] | None = None
+    ) -> p.Message:
+        """See :meth:`call`. Until the reply comes, ``meanwhile`` does pieces of work, as long as it says there are."""
         if timeout_s <= 0:
             raise TimeoutError("no time left")
         deadline = time.monotonic() + timeout_s
         self._socket.settimeout(timeout_s)
         self._socket.sendall(frame)
+        while meanwhile is not None and meanwhile() and not self._replied.poll(0) and time.monotonic() < deadline:
+            pass
         while (body := self._frames.next()) is None:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -116,7 +126,11 @@ class Life:
     """One life of the daemon, as this client knows it.
 
     Attributes:
-        under_way: (lease, part) of tickets and reservations whose copies have not ended.
+        under_way: (lease, part) that this process copies, and whose copies have not ended.
+        claimed: those that it has claimed and that it or a worker may take, and since when; oldest first. What a
+            worker has taken is not told here, so they are bounded in time and number: who takes an older one asks the
+            daemon.
+        given_up: claimed by it and not taken here in time: they are being given back, and must not be taken here.
         asked: by request: how many digests the daemon has, and the last of them.
         turn: how often this client had come by then; what was begun in an earlier turn was in vain.
         watch: a connection that nothing is said on: its end is the daemon's.
@@ -128,10 +142,16 @@ class Life:
         self.sizes = welcome.segments
         self.segments = segments
         self.under_way: set[tuple[int, int]] = set()
+        self.claimed: dict[tuple[int, int], float] = {}
+        self.given_up: set[tuple[int, int]] = set()
         self.asked: dict[str, tuple[int, bytes]] = {}
         self.idle: list[Channel] = []
         self.watch = watch
         self.turn = 0
+
+    def holds(self, lease: int, part: int) -> bool:
+        """Whether this process is the one to give it back."""
+        return (lease, part) in self.under_way or (lease, part) in self.claimed
 
 
 class DaemonCache:
@@ -139,7 +159,7 @@ class DaemonCache:
 
     Args:
         path: of the daemon's socket. The daemon need not be there (yet).
-        call_timeout_s: deadline of every call but ``wait``, ``drain`` and ``close``.
+        call_timeout_s: deadline of every call but ``wait``, ``drain``, ``clear`` and ``close``.
 
     Raises:
         BackendFormatError: the daemon is of another release.
@@ -217,7 +237,13 @@ class DaemonCache:
                 positions_known=chain.positions_known,
                 prefetch=prefetch,
             )
-            found = self._call(life, message, p.Found, deadline - time.monotonic())
+            following = min(count * _GROWTH, count + p.MOST_DIGESTS, length)
+
+            def hash_on(until: int = following) -> bool:
+                chain.digests(chain.hashed + _FIRST_DIGESTS)
+                return chain.hashed < until
+
+            found = self._call(life, message, p.Found, deadline - time.monotonic(), hash_on)
             if found is None or not 0 <= found.chunks <= count:
                 return answer
             if found.walked == p.AGAIN and start:
@@ -228,7 +254,7 @@ class DaemonCache:
                 _note(life.asked, rid, (count, digests[-1]))
             if found.walked < count or count == length or time.monotonic() >= deadline:
                 return answer
-            start, count = count, min(count * _GROWTH, length)
+            start, count = count, following
 
     def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
         seconds = _bounded(timeout_s, p.LONGEST_WAIT_S)
@@ -236,11 +262,16 @@ class DaemonCache:
         return _lookup(found) if found is not None else Lookup(LookupState.MISS, why="no daemon")
 
     def claim(self, rid: str, boundary: int, *, first: int = 0, parts: int = 1) -> Ticket | None:
+        boundary, first, parts = int(boundary), int(first), int(parts)  # an engine's may be numpy's
         life = self._current()
         if life is None or self._closing or not 0 <= first < boundary or not 1 <= parts <= p.MOST_PARTS:
             return None
-        turn = life.turn
-        claimed = self._call(life, p.Claim(_short(rid), boundary, first, parts), p.Claimed)
+        with self._or_lost(life) as turn:
+            return self._claim(life, turn, p.Claim(_short(rid), boundary, first, parts))
+
+    def _claim(self, life: Life, turn: int, message: p.Claim) -> Ticket | None:
+        first, boundary, parts = message.first, message.boundary, message.parts
+        claimed = self._call(life, message, p.Claimed)
         ticket = claimed.ticket if claimed is not None else None
         if ticket is None:
             return None
@@ -248,7 +279,19 @@ class DaemonCache:
         if not good or not self._fits(life, ticket, boundary - first):
             self._lose(life, turn, p.ProtocolError("a ticket that cannot be"))
             return None
-        return ticket if self._begin(life, turn, [(ticket.lease, part) for part in range(parts)]) else None
+        claims = [(ticket.lease, part) for part in range(parts)]
+        with self._lock:
+            good = self._is_good(life, turn)
+            if good:
+                life.claimed.update(dict.fromkeys(claims, time.monotonic()))
+                while len(life.claimed) > _MOST_CLAIMED:
+                    del life.claimed[next(iter(life.claimed))]
+        if good:
+            return ticket
+        for claim in claims:
+            if self._call(life, p.Release(*claim), p.Count) is None:
+                break
+        return None
 
     def take(self, ticket: Ticket, part: int = 0) -> bool:
         """Before this process copies a part of a ticket that another one has claimed; False: it must not.
@@ -258,17 +301,22 @@ class DaemonCache:
         life = self._current()
         if life is None or life.boot != ticket.boot or self._closing:
             return False
-        with self._lock:
-            if (ticket.lease, part) in life.under_way:
-                return True
-        turn = life.turn
-        taken = self._call(life, p.Take(ticket.lease, part), p.Count)
-        if taken is None or not taken.count or not self._fits(life, ticket, ticket.boundary - ticket.first):
-            return False
-        return self._begin(life, turn, [(ticket.lease, part)])
+        copy = (ticket.lease, int(part))
+        with self._or_lost(life) as turn:
+            with self._lock:
+                if copy in life.given_up:
+                    return False
+                if self._is_good(life, turn) and (copy in life.claimed or copy in life.under_way):
+                    life.under_way.add(copy)
+                    life.claimed.pop(copy, None)
+                    return True
+            taken = self._call(life, p.Take(*copy), p.Count)
+            if taken is None or not taken.count or not self._fits(life, ticket, ticket.boundary - ticket.first):
+                return False
+            return self._begin(life, turn, copy, p.Release(*copy))
 
     def release(self, ticket: Ticket, part: int = 0) -> None:
-        self._ended(ticket.boot, ticket.lease, part, p.Release(ticket.lease, part))
+        self._ended(ticket.boot, ticket.lease, int(part), p.Release(ticket.lease, int(part)))
 
     def forget(self, rid: str) -> None:
         life = self._current()
@@ -278,6 +326,7 @@ class DaemonCache:
 
     def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
         del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
+        first, count = int(first), min(int(count), p.MOST_DIGESTS)
         life = self._current()
         if life is None or self._closing or first < 0 or count < 1:
             return None
@@ -293,19 +342,23 @@ class DaemonCache:
             salted=chain.salted,
             positions_known=chain.positions_known,
         )
-        turn = life.turn
+        with self._or_lost(life) as turn:
+            return self._reserve(life, turn, message, range(first, first + count))
+
+    def _reserve(self, life: Life, turn: int, message: p.Reserve, wanted: range) -> Reservation | None:
         reserved = self._call(life, message, p.Reserved)
         reservation = reserved.reservation if reserved is not None else None
         if reservation is None:
             return None
-        asked = reservation.cells == message.cells and all(first <= at < first + count for at in reservation.chunks)
+        asked = reservation.cells == message.cells and all(at in wanted for at in reservation.chunks)
         if not asked or not self._fits(life, reservation, len(reservation.chunks)):
             self._lose(life, turn, p.ProtocolError("a reservation that cannot be"))
             return None
-        return reservation if self._begin(life, turn, [(reservation.lease, 0)]) else None
+        begun = self._begin(life, turn, (reservation.lease, 0), p.Publish(reservation.lease, ()))
+        return reservation if begun else None
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:
-        written = None if chunks is None else tuple(chunks)
+        written = None if chunks is None else tuple({int(at) for at in chunks} & set(reservation.chunks))
         self._ended(reservation.boot, reservation.lease, 0, p.Publish(reservation.lease, written))
 
     def abort(self, reservation: Reservation) -> None:
@@ -319,12 +372,18 @@ class DaemonCache:
         return life.segments if life is not None else ()
 
     def pin(self, chain: Chain, ttl_s: float) -> int:
-        return self._count(p.Pin(b"".join(chain.digests()), _bounded(ttl_s, p.LONGEST_PIN_S)))
+        digests = chain.digests(p.MOST_DIGESTS)
+        return self._count(p.Pin(b"".join(digests), _bounded(ttl_s, p.LONGEST_PIN_S)))
 
     def delete(self, chain: Chain) -> int:
-        return self._count(p.Delete(b"".join(chain.digests())))
+        digests, size = chain.digests(), p.MOST_DIGESTS
+        pieces = [digests[at : at + size] for at in range(0, len(digests), size)]
+        return sum(self._count(p.Delete(b"".join(piece))) for piece in reversed(pieces))
 
     def clear(self) -> int:
+        """Piece by piece, since it holds up everybody: of a pool with very many chunks for up to 60 s. What is left
+        then stays: call it again until the answer is 0.
+        """
         total, deadline = 0, time.monotonic() + _CLEAR_S
         while (removed := self._count(p.Clear())) and time.monotonic() < deadline:
             total += removed
@@ -351,16 +410,18 @@ class DaemonCache:
             ended = self._lock.wait_for(lambda: not self._under_way(), deadline - time.monotonic())
         life = self._current()
         if ended and life is not None:
-            self._tell_drained(life)
-            self._call(life, p.Bye(), p.Count)
+            self._tell_drained(life, deadline)
+            self._call(life, p.Bye(), p.Count, self._until(deadline))
         self._closed.set()
         self._ring()
-        self._keeper.join(max(0.1, deadline - time.monotonic()))
+        self._keeper.join(max(_LAST_WORD_S, deadline - time.monotonic()))
         with self._lock:
-            life, self._life = self._life, None
-        if life is not None:
-            _close_all(life)
-            life.watch.close()
+            late, self._life = self._life, None
+        if late is not None:
+            if late is not life:  # the keeper has reached it meanwhile
+                self._leave(late, late.watch)
+            _close_all(late)
+            late.watch.close()
 
     # The conversation
 
@@ -368,11 +429,28 @@ class DaemonCache:
         """The daemon's life; None while there is none, and in a child that was forked: a conversation has two sides."""
         return self._life if os.getpid() == self._process else None
 
+    @contextlib.contextmanager
+    def _or_lost(self, life: Life) -> Iterator[int]:
+        """Of what the daemon has carried out nothing may be forgotten, though an interrupt comes in between: then it is
+        given up, and when it is back it is told what is held. The value is the life's turn.
+        """
+        turn = life.turn
+        try:
+            yield turn
+        except BaseException as error:
+            self._lose(life, turn, error)
+            raise
+
     def _call(
-        self, life: Life | None, message: p.Message, reply: type[_M], timeout_s: float | None = None
+        self,
+        life: Life | None,
+        message: p.Message,
+        reply: type[_M],
+        timeout_s: float | None = None,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> _M | None:
         """The reply, or None if the daemon refuses, if there is none or it does not do as it should; after the last
-        two the breaker is open.
+        two the breaker is open. For ``meanwhile`` see :meth:`Channel.send`.
         """
         if life is None or life is not self._life or self._closed.is_set():
             return None
@@ -388,17 +466,21 @@ class DaemonCache:
                 channel = life.idle.pop() if life.idle else None
             if channel is None:
                 channel = self._join(life, deadline)
-            answer = channel.send(frame, deadline - time.monotonic())
+            answer = channel.send(frame, deadline - time.monotonic(), meanwhile=meanwhile)
             if not isinstance(answer, reply | p.Refused):
                 raise p.ProtocolError(f"expected {reply.__name__}, got {type(answer).__name__}")
-        except (OSError, LMCacheSDKError) as error:
+        except BaseException as error:
             if channel is not None:
                 channel.close()
             self._lose(life, turn, error)
-            return None
+            if isinstance(error, (OSError, LMCacheSDKError)):
+                return None
+            raise
         if isinstance(answer, p.Refused):
             _log.warning("the daemon refused a %s: %s", type(message).__name__, answer.message)
             channel.close()
+            if answer.kind == "internal":  # it may have been carried out
+                self._lose(life, turn, p.ProtocolError(answer.message))
             return None
         with self._lock:
             if life is self._life and life.turn == turn and not self._closed.is_set():
@@ -424,13 +506,23 @@ class DaemonCache:
         reply = self._call(self._current(), message, p.Count)
         return reply.count if reply is not None else 0
 
-    def _begin(self, life: Life, turn: int, copies: list[tuple[int, int]]) -> bool:
-        """Note what copies may be made; False if the daemon was lost since it was asked, or is about to be left."""
+    def _is_good(self, life: Life, turn: int) -> bool:
+        """Under the lock: whether an answer counts; not if the daemon was lost since it was asked, or is being left."""
+        return life is self._life and life.turn == turn and not self._closing
+
+    def _begin(self, life: Life, turn: int, copy: tuple[int, int], give_back: p.Message) -> bool:
+        """Note that a copy may be made; False if it must not any more, and then what it was for is given back."""
         with self._lock:
-            if life is not self._life or life.turn != turn or self._closing:
-                return False
-            life.under_way.update(copies)
-            return True
+            good = self._is_good(life, turn)
+            if good:
+                life.under_way.add(copy)
+        if not good:  # a daemon that has been lost is going to be told what is held, and this is not among it
+            self._call(life, give_back, p.Count)
+        return good
+
+    def _until(self, deadline: float) -> float:
+        """Seconds for a call that is to end by then."""
+        return min(self._timeout_s, max(_LAST_WORD_S, deadline - time.monotonic()))
 
     def _ended(self, boot: str, lease: int, part: int, message: p.Message) -> None:
         """A copy has ended: tell the daemon that gave it, or note it if that one is gone."""
@@ -438,15 +530,18 @@ class DaemonCache:
             return
         with self._lock:
             lives = [life for life in (self._life, *self._earlier.values()) if life is not None]
-            given = next((life for life in lives if (lease, part) in life.under_way and life.boot == boot), None)
+            given = next((life for life in lives if life.holds(lease, part) and life.boot == boot), None)
             if given is None:
                 return
             # First of all: should the daemon be lost while it is told, it hears of it when it is back.
             given.under_way.discard((lease, part))
+            given.claimed.pop((lease, part), None)
             self._lock.notify_all()
             current = given is self._life
         if current:
-            self._call(given, message, p.Count)
+            told = self._call(given, message, p.Count)
+            if told is None and isinstance(message, p.Publish):  # refused, or not even sent
+                self._call(given, p.Publish(lease, ()), p.Count)
         else:
             self._ring()  # the keeper tells the daemon when that was the last
 
@@ -454,16 +549,19 @@ class DaemonCache:
         lives = [*self._earlier.values(), *([self._life] if self._life is not None else [])]
         return any(life.under_way for life in lives)
 
-    def _lose(self, life: Life, turn: int, error: Exception) -> None:
+    def _lose(self, life: Life, turn: int, error: BaseException) -> None:
         with self._lock:
             if self._life is not life or life.turn != turn:
                 return
             self._life = None
             self._earlier[life.client] = life
             life.asked.clear()
-        _log.warning(
-            "lost the daemon at %s (%s: %s): no cache until it is back", self.path, type(error).__name__, error
-        )
+        if self._closing:
+            _log.debug("closed the connection to the daemon at %s (%s)", self.path, error)
+        else:
+            _log.warning(
+                "lost the daemon at %s (%s: %s): no cache until it is back", self.path, type(error).__name__, error
+            )
         _close_all(life)
         self._ring()
 
@@ -478,7 +576,7 @@ class DaemonCache:
                 namespace=self._namespace,
                 producer=self._producer,
                 turn=self._turn,
-                held=tuple(last.under_way) if last is not None else (),
+                held=(*last.under_way, *last.claimed) if last is not None else (),
             )
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
         channel = Channel(self.path, CONNECT_TIMEOUT_S)
@@ -497,21 +595,50 @@ class DaemonCache:
             channel.close()
             raise
         with self._lock:
-            self._earlier.pop(life.client, None)
-            life.watch, life.turn = channel, hello.turn
-            self._life = life
-            ended = set(hello.held) - life.under_way if life is last else set()
+            late = self._closed.is_set()
+            if not late:
+                self._earlier.pop(life.client, None)
+                life.watch, life.turn = channel, hello.turn
+                self._life = life
+            ended = [copy for copy in hello.held if not life.holds(*copy)] if life is last else []
+        if late:
+            self._leave(life, channel)
+            channel.close()
+            return
         for lease, part in ended:  # while the daemon was being reached; which of the two it was is not known here
             self._call(life, p.Release(lease, part), p.Count)
             self._call(life, p.Publish(lease, ()), p.Count)
         self._tell_drained(life)
 
-    def _tell_drained(self, life: Life) -> None:
+    def _leave(self, life: Life, channel: Channel) -> None:
+        """Say that this client ends to a daemon that was reached too late, unless a copy is under way."""
+        if not (life.under_way or self._under_way()):
+            with contextlib.suppress(OSError, LMCacheSDKError):
+                channel.call(p.Bye(), self._until(0.0))
+
+    def _give_up_untaken(self, life: Life) -> None:
+        """Give back what was claimed long ago and taken by nobody: its worker may have been without a daemon then.
+
+        The daemon ignores it if a worker has the part, and refuses one that comes for it later.
+        """
+        with self._lock:
+            due = time.monotonic() - _UNTAKEN_S
+            old = list(takewhile(lambda claim: life.claimed[claim] <= due, life.claimed))
+            for claim in old:
+                del life.claimed[claim]
+            life.given_up.update(old)
+        for claim in old:
+            if self._call(life, p.Release(*claim), p.Count) is None:
+                break  # a daemon that comes back is told what is held, and these are not among it
+        with self._lock:
+            life.given_up.difference_update(old)
+
+    def _tell_drained(self, life: Life, deadline: float = math.inf) -> None:
         """Tell the daemon which of its earlier lives this process has no copies of any more."""
         with self._lock:
             ended = [earlier for earlier in self._earlier.values() if not earlier.under_way]
         for earlier in ended:
-            if self._call(life, p.Drained(earlier.client), p.Count) is not None:
+            if self._call(life, p.Drained(earlier.client), p.Count, self._until(deadline)) is not None:
                 with self._lock:
                     self._earlier.pop(earlier.client, None)
 
@@ -546,12 +673,13 @@ class DaemonCache:
         poll.register(life.watch.fileno(), select.POLLIN)
         turn = life.turn
         while self._life is life and not self._closed.is_set():
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = {descriptor for descriptor, _ in poll.poll(1000 * _UNTAKEN_S / 4)}
             if self._bell.fileno() in ready:
                 self._bell.recv(4096)
             if life.watch.fileno() in ready:
                 self._lose(life, turn, ConnectionError("it has closed the connection"))
             self._tell_drained(life)
+            self._give_up_untaken(life)
         if self._life is not life:
             life.watch.close()
 
@@ -584,6 +712,7 @@ def _short(rid: str) -> str:
 
 
 def _bounded(seconds: float, most: float) -> float:
+    seconds = float(seconds)
     return min(max(seconds, 0.0), most) if not math.isnan(seconds) else 0.0
 
 

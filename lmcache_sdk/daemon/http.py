@@ -5,12 +5,14 @@ For this machine alone; for others only with a token and TLS.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import socket
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +25,10 @@ from lmcache_sdk.observe.logs import logger
 
 _log = logger("http")
 
-_IDLE_S = 10.0  # a connection that says nothing for so long is closed
+_REQUEST_S = 5.0  # for a TLS handshake and a request, however it drips in
+_REPLY_S = 10.0
 _AT_ONCE = 16
+_GIVE_WAY_S = 0.5
 
 
 class MetricsServer:
@@ -70,6 +74,7 @@ class MetricsServer:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # who scrapes slowly must not hold up the daemon's end
+    request_queue_size = 128  # or a burst of connections makes the next one wait for a second
 
     def __init__(self, host: str, port: int, token: bytes, tls: ssl.SSLContext | None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -78,6 +83,8 @@ class _Server(ThreadingHTTPServer):
         self.healthy: Callable[[], bool] = bool
         self._tls = tls
         self._free = threading.BoundedSemaphore(_AT_ONCE)
+        self._lock = threading.Lock()
+        self._asking: dict[socket.socket, float] = {}  # connection -> when it has to have asked, oldest first
         super().__init__((host, port), _Handler)
 
     def get_request(self) -> tuple[socket.socket, object]:
@@ -88,14 +95,53 @@ class _Server(ThreadingHTTPServer):
         return connection, address
 
     def verify_request(self, request: object, client_address: object) -> bool:
-        """Bounds the threads: who comes beyond is turned away at once."""
-        return self._free.acquire(blocking=False)
+        """Bounds the threads. Where all are taken, who has not finished asking for longest has to go: so that nobody
+        who may not ask, or does not, keeps out one who may and does.
+        """
+        if self._free.acquire(blocking=False):
+            return True
+        with self._lock:
+            oldest = next(iter(self._asking), None)
+            if oldest is not None:
+                self._cut_off(oldest)
+        return self._free.acquire(timeout=_GIVE_WAY_S)
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        with self._lock:
+            self._asking[request] = time.monotonic() + _REQUEST_S
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread for it
+            self._ended(request)
+            raise
 
     def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._ended(request)
+
+    def service_actions(self) -> None:
+        """Called twice a second: a byte now and then is no request."""
+        now = time.monotonic()
+        with self._lock:
+            for connection in [connection for connection, due in self._asking.items() if due <= now]:
+                self._cut_off(connection)
+
+    def asked(self, connection: socket.socket) -> None:
+        """Its request is there, and allowed."""
+        with self._lock:
+            self._asking.pop(connection, None)
+
+    def _ended(self, connection: socket.socket) -> None:
+        self.asked(connection)
+        self._free.release()
+
+    def _cut_off(self, connection: socket.socket) -> None:
+        """Under the lock. Its thread notices, and ends."""
+        del self._asking[connection]
+        with contextlib.suppress(OSError):  # it has just ended
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not TLS's, which its thread is in the middle of
 
     def handle_error(self, request: object, client_address: object) -> None:
         _log.debug("a connection ended in an error", exc_info=True)
@@ -103,20 +149,25 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    timeout = _IDLE_S
-    server_version = "lmcache-sdk"
-    sys_version = ""
+    timeout = _REPLY_S
+
+    def version_string(self) -> str:
+        return "lmcache-sdk"
 
     def do_GET(self) -> None:
         if self.server.token and not self._authorized():
             self._reply(401, b"a token is required\n", "WWW-Authenticate", "Bearer")
-        elif self.path == "/metrics":
+            return
+        self.server.asked(self.connection)
+        if self.path == "/metrics":
             self._reply(200, self.server.metrics(), "Content-Type", CONTENT_TYPE_LATEST)
         elif self.path == "/healthz":
             healthy = self.server.healthy()
             self._reply(200 if healthy else 503, b"ok\n" if healthy else b"the daemon does not answer\n")
         else:
             self._reply(404, b"there are /metrics and /healthz\n")
+
+    do_HEAD = do_GET  # noqa: N815 - the name is the base class's
 
     def _authorized(self) -> bool:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
@@ -128,7 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header(header, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
         _log.debug(format, *args)

@@ -33,6 +33,7 @@ _log = logger("private")
 _START_S = 30.0
 _START_S_PER_GIB = 3.0  # the kernel hands out memory at 0.3 s per GiB, where nothing else goes on
 _CLOSE_S = 60.0
+_LAST_S = 0.2  # to end without being killed, though no time is left
 
 
 class PrivateDaemon:
@@ -42,17 +43,25 @@ class PrivateDaemon:
         self.socket = socket
         self.url = f"unix://{socket}"
         self._process = process
+        self._owner = os.getpid()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
-        """End it: it writes to its tiers what is not there yet. At the deadline it is killed. Idempotent."""
+        """End it: it writes to its tiers what is not there yet. At the deadline it is killed. Idempotent.
+
+        Without effect in a child that was forked: it is the parent's.
+        """
+        if os.getpid() != self._owner:
+            return
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # which it takes as the order to end
+        if not process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(b"\n")  # the order to end; a child that was forked keeps the pipe open
+                process.stdin.close()
         try:
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -82,23 +91,32 @@ class PrivateCache(DaemonCache):
     def close(self, timeout_s: float = 10.0) -> None:
         deadline = time.monotonic() + timeout_s
         super().close(timeout_s)
-        self._private.close(max(1.0, deadline - time.monotonic()))
+        self._private.close(max(_LAST_S, deadline - time.monotonic()))
 
 
-def start_private(tiers: Sequence[str], pool_bytes: int) -> PrivateDaemon:
+def start_private(tiers: Sequence[str], pool_bytes: int, *, socket: Path | None = None) -> PrivateDaemon:
     """Start a daemon for this process, and wait until it is ready.
 
     Args:
         tiers: URLs of stores, fastest first.
+        socket: for processes that must know it beforehand; its folder must not exist, and goes with the daemon. By
+            default in a new folder with a random name.
 
     Raises:
         ConfigError, BackendError: as the daemon says; BackendUnavailable also if it is not ready in time.
     """
-    socket = Path(tempfile.mkdtemp(prefix="lmcache-sdk-")) / "socket"
+    if socket is None:
+        socket = Path(tempfile.mkdtemp(prefix="lmcache-sdk-")) / "socket"
+    else:
+        try:
+            socket.parent.mkdir(mode=0o700)
+        except OSError as error:
+            raise BackendUnavailable(f"cannot make {socket.parent} for the engine's own daemon: {error}") from error
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "lmcache_sdk.daemon.private"],  # -P: nothing from the current directory
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # its numpy multiplies nothing: threads only cost time to start
         start_new_session=True,  # Ctrl-C is for the engine, which then closes or leaves it
     )
     private = PrivateDaemon(process, socket)

@@ -22,13 +22,17 @@ from lmcache_sdk.observe.events import Event
 from lmcache_sdk.spec import Namespace, Producer
 
 PROTOCOL_VERSION = 1
-FRAME_LIMIT = 8 << 20  # the digests of 16 million tokens in chunks of 64
+FRAME_LIMIT = 8 << 20  # of a reply: the places of 840,000 tokens in chunks of 64 and 40 cells
+REQUEST_LIMIT = 1 << 20
+MOST_DIGESTS = (REQUEST_LIMIT - 4096) // DIGEST_BYTES  # in one request: 2 million tokens in chunks of 64
 LENGTH = struct.Struct("<I")
 LONGEST_WAIT_S = 600.0
 LONGEST_PIN_S = 86_400.0
 RID_LIMIT = 256  # characters
 MOST_PARTS = 1024
 MOST_SEGMENTS = 64  # descriptors in one message: 4 TiB of pool
+PLACE_BYTES = 16  # of one cell of one chunk, in a ticket or reservation
+_NUMBER_BYTES = 9  # at most, of an integer in a message
 _SO_PEERGROUPS = 59
 
 Rid = Annotated[str, msgspec.Meta(max_length=RID_LIMIT)]
@@ -38,6 +42,7 @@ Lease = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 PartNumber = Annotated[int, msgspec.Meta(ge=0, lt=MOST_PARTS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_WAIT_S)]  # also refuses what is no number
 Digest = Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)]
+Boot = Annotated[str, msgspec.Meta(max_length=32)]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="op", tag=lambda name: name.lower(), forbid_unknown_fields=True):
@@ -175,7 +180,7 @@ class Drain(Message, frozen=True):
 class Drained(Message, frozen=True):
     """No copy of an earlier life of the daemon is under way any more in this process, which was ``client`` then."""
 
-    client: bytes
+    client: Annotated[bytes, msgspec.Meta(max_length=16)]
 
 
 class Bye(Message, frozen=True):
@@ -185,7 +190,7 @@ class Bye(Message, frozen=True):
 class Subscribe(Message, frozen=True):
     """KV events after ``sequence`` of life ``boot``; at most ``limit``, waiting up to ``timeout_s`` for the first."""
 
-    boot: str = ""
+    boot: Boot = ""
     sequence: Annotated[int, msgspec.Meta(ge=0)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
     timeout_s: Seconds = 0.0
@@ -324,14 +329,22 @@ class ProtocolError(LMCacheSDKError):
     """Bytes that are no frame, or a frame that is no message."""
 
 
+def most_chunks(cells: int) -> int:
+    """Chunks of so many cells whose places fit in one reply."""
+    return max(0, FRAME_LIMIT - 4096 - _NUMBER_BYTES * cells) // (PLACE_BYTES * cells + _NUMBER_BYTES)
+
+
 def encode(message: Message) -> bytes:
     """One frame. Raises ProtocolError for a message over the limit, or with something in it that cannot be sent."""
     try:
         body = _encoder.encode(message)
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"cannot be sent: {error}") from error
-    if len(body) > FRAME_LIMIT:
-        raise ProtocolError(f"a message of {len(body)} bytes is over the limit of {FRAME_LIMIT}")
+    limit = FRAME_LIMIT
+    if len(body) > REQUEST_LIMIT and isinstance(message, Request):  # type: ignore[arg-type]  # a union of classes
+        limit = REQUEST_LIMIT
+    if len(body) > limit:
+        raise ProtocolError(f"a message of {len(body)} bytes is over the limit of {limit}")
     return LENGTH.pack(len(body)) + body
 
 
@@ -369,9 +382,12 @@ def skew(daemon: int, client: int) -> str:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into frames. Nothing is allocated for a frame before its length has been checked."""
+    """Cuts a stream of bytes into frames, of up to ``limit`` bytes. Nothing is allocated for a frame before its length
+    has been checked.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = FRAME_LIMIT) -> None:
+        self._limit = limit
         self._buffer = bytearray()
 
     def __len__(self) -> int:
@@ -393,8 +409,8 @@ class FrameReader:
         if len(buffer) < LENGTH.size:
             return None
         length = LENGTH.unpack_from(buffer)[0]
-        if length > FRAME_LIMIT:
-            raise ProtocolError(f"a frame of {length} bytes is over the limit of {FRAME_LIMIT}")
+        if length > self._limit:
+            raise ProtocolError(f"a frame of {length} bytes is over the limit of {self._limit}")
         end = LENGTH.size + length
         if len(buffer) < end:
             return None
@@ -405,11 +421,19 @@ class FrameReader:
         return body
 
 
-def cut_digests(blob: bytes) -> list[bytes]:
-    """Digests sent as one blob. Raises ProtocolError if its length does not fit, or if one is in it twice."""
+def count_digests(blob: bytes) -> int:
+    """Of those sent as one blob. Raises ProtocolError if its length does not fit."""
     if len(blob) % DIGEST_BYTES:
         raise ProtocolError(f"{len(blob)} bytes are no whole number of digests of {DIGEST_BYTES} bytes")
-    digests: list[bytes] = np.frombuffer(blob, f"V{DIGEST_BYTES}").tolist()
+    return len(blob) // DIGEST_BYTES
+
+
+def cut_digests(blob: bytes, most: int = MOST_DIGESTS) -> list[bytes]:
+    """The first ``most`` digests of a blob. Raises ProtocolError if its length does not fit, or if one of them is there
+    twice.
+    """
+    count = min(count_digests(blob), max(0, most))
+    digests: list[bytes] = np.frombuffer(blob, f"V{DIGEST_BYTES}", count).tolist()
     if len(set(digests)) != len(digests):
         raise ProtocolError("a chunk cannot follow itself: a digest is there twice")
     return digests

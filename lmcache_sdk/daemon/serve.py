@@ -13,22 +13,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmcache_sdk.backend import open_backend
 from lmcache_sdk.config import Config, Tenant, default_socket, format_size
 from lmcache_sdk.core import Limits
 from lmcache_sdk.daemon import protocol as p
 from lmcache_sdk.daemon.client import Channel
+from lmcache_sdk.daemon.listening import check_free
 from lmcache_sdk.daemon.server import Server, Settings
 from lmcache_sdk.errors import BackendError, BackendFormatError, BackendUnavailable, ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.pool.processes import start_time
 from lmcache_sdk.pool.shared import SharedPool
-from lmcache_sdk.store import Store, Tier
+from lmcache_sdk.store import Store
+from lmcache_sdk.tiers import open_tiers
 
 _log = logger("daemon")
 
 DRAIN_S = 30.0
 _HEALTH_S = 2.0
+_PROMPT_BYTES = 64 << 20  # of 4,096 tokens of a small model: 16 KiB of KV a token
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,15 @@ def daemon(
     directory: Path | None = None,
     limits: Limits | None = None,
     tenants: Mapping[str, Tenant] | None = None,
+    eviction: str = "lru",
     keep_pool: bool = True,
 ) -> Iterator[Daemon]:
     """A daemon that is ready to serve; ended in order on leaving: writes are drained, the pool is kept.
 
     Args:
-        tiers: URLs, fastest first.
+        tiers: URLs with options behind ``#``, fastest first; see :func:`~lmcache_sdk.tiers.parse_tier`.
         directory: of the pool; by default :func:`pool_directory`.
-        tenants: what each may have of the pool, see :class:`Store`.
+        tenants, eviction: what each may have of the pool, and what goes first, see :class:`Store`.
         keep_pool: leave the pool for the next life. Otherwise nothing of it remains, however the process ends.
 
     Raises:
@@ -71,19 +74,27 @@ def daemon(
     directory = directory or pool_directory(settings.socket)
     found = (directory / "control").exists()
     with ExitStack() as undo:
-        started = False
+        started, returned = False, True
         pool = SharedPool.open(directory, pool_bytes)
-        # A daemon that does not come up leaves a pool that it found, but none that it made.
-        undo.callback(lambda: pool.close(keep=keep_pool and (found or started)))
-        opened: list[Tier] = []
+
+        def close_store(store: Store) -> None:
+            nonlocal returned
+            returned = store.close(DRAIN_S)
+
+        def close_pool() -> None:
+            if returned:  # A daemon that does not come up leaves a pool that it found, but none that it made.
+                pool.close(keep=keep_pool and (found or started))
+            else:
+                _log.warning("a tier has not returned from a call: the pool stays locked until this process has ended")
+
+        undo.callback(close_pool)
+        opened = open_tiers(tiers)
         with ExitStack() as failed:
-            for url in tiers:
-                tier = Tier(url.partition("://")[0], open_backend(url))
+            for tier in opened:
                 failed.callback(tier.backend.close, 1.0)
-                opened.append(tier)
-            store = Store(opened, pool=pool, limits=limits, tenants=tenants)
+            store = Store(opened, pool=pool, limits=limits, tenants=tenants, eviction=eviction, keep_pool=keep_pool)
             failed.pop_all()
-        undo.callback(store.close, DRAIN_S)
+        undo.callback(close_store, store)
         server = Server(store, pool, settings)
         undo.callback(server.close)
         started = True
@@ -126,6 +137,7 @@ def serve(config: Config, group: int | None = None) -> None:
         ConfigError, BackendError: what cannot be opened, and the fix. Then nothing has been changed.
     """
     path = Path(config.socket) if config.socket else _own_folder(default_socket())
+    check_free(path)  # first, or who starts it twice is told of a port or a pool that is in use
     settings = Settings(socket=path, group=group, require_salt=config.require_salt)
     with ExitStack() as stack:
         web = None
@@ -143,6 +155,7 @@ def serve(config: Config, group: int | None = None) -> None:
                 pool_bytes=config.pool_bytes,
                 tiers=config.tiers,
                 tenants=config.tenants,
+                eviction=config.eviction,
                 keep_pool=config.keep_pool,
             )
         )
@@ -165,6 +178,11 @@ def serve(config: Config, group: int | None = None) -> None:
 
 def useless(config: Config, path: Path) -> Iterator[str]:
     """Settings that do less than they seem to."""
+    if config.pool_bytes < _PROMPT_BYTES:
+        yield (
+            f"a pool of {format_size(config.pool_bytes)} holds less than one prompt of 4,096 tokens of a small model "
+            f"({format_size(_PROMPT_BYTES)}) and is of little use; --pool 20GiB would be usual"
+        )
     if not config.tiers:
         yield "no tier: chunks are in memory only, which a reboot of this machine loses; --tier lmdb:///path adds one"
     if config.group and not path.parent.stat().st_mode & 0o011:
@@ -192,6 +210,9 @@ def answers(path: Path, timeout_s: float = _HEALTH_S) -> bool:
     return True
 
 
+_WHOM = "it serves its own user, and the members of a --group that it was started with"
+
+
 def ask(path: Path, timeout_s: float = _HEALTH_S) -> p.Figures:
     """The figures of the daemon on this socket, for a tool that only looks.
 
@@ -216,6 +237,10 @@ def ask(path: Path, timeout_s: float = _HEALTH_S) -> p.Figures:
         ) from error
     except BackendError:
         raise
+    except PermissionError as error:
+        raise BackendUnavailable(f"this user may not use the daemon on {path}; {_WHOM}") from error
+    except (ConnectionResetError, BrokenPipeError) as error:
+        raise BackendUnavailable(f"the daemon on {path} has hung up: it ends, or refuses this user; {_WHOM}") from error
     except (OSError, p.ProtocolError) as error:
         raise BackendUnavailable(f"the daemon on {path} does not answer: {error}") from error
     finally:

@@ -1,7 +1,8 @@
 """The daemon: sockets over a Store.
 
-One thread serves all sockets and never waits for a tier, a client or a disk: what takes time answers later. Nothing
-that a client sends can do more than close its own connection. Memory that a client may still touch comes back only when
+One thread serves all sockets and waits for no client and no tier: what takes time answers later. (An instant tier is
+asked at once what it has, which may be a page that its disk has to bring.) Nothing that a client sends can do more than
+close its own connection. Memory that a client may still touch comes back only when
 the client says so, or when its process is proven gone.
 """
 
@@ -18,20 +19,24 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 
-from lmcache_sdk.api import LookupState
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.errors import BackendLocked, BackendUnavailable, ConfigError, LMCacheSDKError
-from lmcache_sdk.keys import DIGEST_BYTES, Chain
+from lmcache_sdk.daemon.answers import Answers, Owed
+from lmcache_sdk.daemon.listening import inode, listen
+from lmcache_sdk.daemon.peers import Client, Connection, Share, pidfd_of
+from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.pool.processes import identity, may_live
 from lmcache_sdk.pool.shared import SharedPool
-from lmcache_sdk.spec import Namespace
+from lmcache_sdk.spec import Namespace, Producer
 from lmcache_sdk.store import OpenSpace, Store
 
 _log = logger("daemon")
@@ -40,110 +45,23 @@ _RECEIVE_BYTES = 1 << 18
 _EXIT_GRACE_S = 0.25  # between a process's end and the reuse of its memory: a device may still be writing
 _LOOK_S = 0.5  # between two looks at what nobody tells
 _HELLO_S = 5.0  # for a connection to say who it is
-_READ_S = 10.0  # for a client to read a reply
-_SO_PEERPIDFD = 77  # Linux 6.5: works across pid namespaces, too
+_READ_S = 10.0  # for a client to read a reply, or to send the rest of a message
 _DEFAULT_CLIENT_SHARE = 0.5
 _CONNECTIONS_PER_PROCESS = 512
 _SPARE_DESCRIPTORS = 256  # for tiers, the pool, and one for each client's process
-_MOST_REQUESTS = 16_384  # of a client at a time; then the oldest is forgotten
-_MOST_PINS = 1024
-_MOST_LAYERS = _MOST_HEADS = 4096
+_MOST_SPACES = 1024
+_MOST_GROUPS = 64
+_MOST_CELLS = 16_384  # of a chunk
+_MOST_TEXT = 16_384  # characters, of what describes a namespace or a producer
+_MOST_TENANTS = 1000  # that are named to a tool
 
 
-@dataclass(frozen=True)
-class Held:
-    """Chunks that a client may touch. ``number`` is the store's; ``places``: where they are, ``[chunk, cell, 2]``."""
-
-    number: int
-    chunk_bytes: int
-    cells: int
-    places: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.places) // (self.cells * 16) * self.chunk_bytes
-
-    def chunks(self) -> Iterator[bytes]:
-        width = self.cells * 16
-        return (self.places[at : at + width] for at in range(0, len(self.places), width))
-
-
-@dataclass(frozen=True)
-class Lease(Held):
-    """``parts``: which client has which, of those that have not been given back."""
-
-    parts: dict[int, Client]
-
-
-@dataclass(eq=False)
-class Client:
-    """A process that reads or writes the pool, over one or more connections.
-
-    Attributes:
-        known: its process, see :func:`lmcache_sdk.pool.processes.identity`.
-        leases, rooms: by the numbers that clients know, which cannot be guessed.
-        requests: rids, oldest first.
-        pins: (until, bytes).
-        turn: of the last Hello that made or revived it.
-    """
-
-    id: bytes
-    pid: int
-    known: int
-    opened: OpenSpace | None
-    pidfd: int = -1
-    connections: set[Connection] = field(default_factory=set)
-    leases: dict[int, Lease] = field(default_factory=dict)
-    rooms: dict[int, Held] = field(default_factory=dict)
-    requests: dict[str, None] = field(default_factory=dict)
-    pins: list[tuple[float, int]] = field(default_factory=list)
-    turn: int = 0
-
-    @property
-    def held_bytes(self) -> int:
-        """By leases and reservations; what is leased twice counts twice."""
-        return sum(held.nbytes for held in (*self.leases.values(), *self.rooms.values()))
-
-    def room_for(self, nbytes: int, limit: int) -> int:
-        """How many more bytes it may hold within a limit; looked at closely only if ``nbytes`` might be too many."""
-        left = limit - self.held_bytes
-        if left >= nbytes or self.opened is None:
-            return left
-        # A prefix that many requests share is leased many times, and held once.
-        chunks = {chunk for held in (*self.leases.values(), *self.rooms.values()) for chunk in held.chunks()}
-        return limit - len(chunks) * self.opened.space.chunk_bytes
-
-
-@dataclass(eq=False)
-class Connection:
-    """One socket.
-
-    Attributes:
-        waiting: a reply is owed.
-        due: when it is closed, if by then it has not said hello, or read its reply.
-    """
-
-    socket: socket.socket
-    pid: int
-    due: float
-    frames: p.FrameReader = field(default_factory=p.FrameReader)
-    out: bytearray = field(default_factory=bytearray)
-    client: Client | None = None
-    waiting: bool = False
-
-    @property
-    def closed(self) -> bool:
-        return self.socket.fileno() < 0
-
-
-@dataclass(eq=False)
-class Later:
-    """A reply that is owed. ``ready`` gives it, or None while there is none yet; ``late`` gives it at the deadline."""
+class Later(NamedTuple):
+    """A reply that is owed."""
 
     connection: Connection
     deadline: float
-    ready: Callable[[], p.Message | None]
-    late: Callable[[], p.Message]
+    owed: Owed
 
 
 @dataclass(frozen=True)
@@ -154,7 +72,7 @@ class Settings:
         socket: path of the unix socket.
         group: None = only this user; else members of this group too (a numeric id).
         require_salt: refuse requests without a cache salt.
-        client_share: how much of the pool one client may hold by leases and reservations.
+        client_share: how much of the pool one process may hold by leases and reservations.
     """
 
     socket: Path
@@ -171,10 +89,8 @@ class Server:
         pool: whose segments clients map.
 
     Raises:
-        BackendLocked: another daemon answers on the socket.
-        BackendUnavailable: the socket cannot be made.
-        ConfigError: the socket's folder is missing, its path is too long or something else, or the pool has too many
-            segments.
+        BackendLocked, BackendUnavailable, ConfigError: as :func:`lmcache_sdk.daemon.listening.listen`; ConfigError also
+            if the pool has too many segments.
     """
 
     def __init__(self, store: Store, pool: SharedPool, settings: Settings) -> None:
@@ -185,7 +101,8 @@ class Server:
         self._settings = settings
         self._selector = selectors.DefaultSelector()
         self._clients: dict[bytes, Client] = {}
-        self._leases: dict[int, Lease] = {}
+        self._shares: WeakValueDictionary[tuple[int, int], Share] = WeakValueDictionary()  # of processes
+        self._answers = Answers(store, int(sum(pool.sizes) * settings.client_share), require_salt=settings.require_salt)
         self._connections: set[Connection] = set()
         self._of_process: Counter[int] = Counter()
         self._most_connections = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_DESCRIPTORS)
@@ -197,12 +114,11 @@ class Server:
         self._full_until = 0.0
         self._stopping = False
         self._thread = threading.get_ident()
-        self._limit = int(sum(pool.sizes) * settings.client_share)
         self._changed = False
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
-        self._socket, self._inode = _listen(settings)
+        self._socket, self._inode = listen(settings.socket, settings.group)
         self._missed = False
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
@@ -212,8 +128,8 @@ class Server:
 
     @property
     def client_count(self) -> int:
-        """Clients with a namespace."""
-        return sum(client.opened is not None for client in self._clients.values())
+        """Clients with a namespace; callable from another thread."""
+        return sum(client.opened is not None for client in list(self._clients.values()))
 
     def serve(self) -> None:
         """Serve until :meth:`stop`."""
@@ -236,7 +152,7 @@ class Server:
         for client in list(self._clients.values()):
             self._unwatch(client)
         self._socket.close()
-        if _inode(self._settings.socket) == self._inode:  # it may be another daemon's by now
+        if inode(self._settings.socket) == self._inode:  # it may be another daemon's by now
             with contextlib.suppress(OSError):
                 self._settings.socket.unlink()
         self._selector.close()
@@ -289,7 +205,7 @@ class Server:
         """Give an owed reply, if it is ready or due."""
         connection = later.connection
         try:
-            reply = later.late() if later.deadline <= now else later.ready()
+            reply = later.owed.late() if later.deadline <= now else later.owed.ready()
             if reply is not None:
                 connection.waiting = False
                 self._send(connection, reply)
@@ -302,7 +218,7 @@ class Server:
         """What nobody tells: processes of an earlier life that have ended, connections that hang, a lost socket."""
         for connection in list(self._connections):
             if connection.due <= now:
-                _log.warning("process %d does not say hello or read its reply: cut off", connection.pid)
+                _log.warning("process %d does not end its message, or read its reply: cut off", connection.pid)
                 self._close(connection)
         for client in list(self._clients.values()):
             if client.opened is not None and client.pidfd < 0 and not may_live(client.pid, client.known):
@@ -311,7 +227,7 @@ class Server:
         if self._full_until and self._full_until <= now:
             self._full_until = 0.0
             self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
-        if _inode(self._settings.socket) != self._inode and not self._missed:
+        if inode(self._settings.socket) != self._inode and not self._missed:
             self._missed = True
             _log.error("%s is no longer this daemon's socket: no client finds it; restart it", self._settings.socket)
 
@@ -370,7 +286,11 @@ class Server:
                 raise p.ProtocolError("a request was sent before the reply to the last one was read")
             connection.frames.add(data)
             body = connection.frames.next()
-            if body is not None:
+            if body is None:
+                connection.due = min(connection.due, time.monotonic() + _READ_S)
+            else:
+                if connection.client is not None:
+                    connection.due = math.inf
                 reply = self._answer(connection, body)
                 if reply is not None:
                     self._send(connection, reply)
@@ -393,7 +313,10 @@ class Server:
     def _send(self, connection: Connection, message: p.Message, descriptors: list[int] | None = None) -> None:
         if connection.closed:
             return
-        data = p.encode(message)
+        try:
+            data = p.encode(message)
+        except p.ProtocolError as error:  # what was asked for has been done: nothing that the client has done wrong
+            raise RuntimeError(f"{type(message).__name__}: {error}") from error
         if descriptors:  # with the first bytes on this connection: there is nothing before them
             try:
                 data = data[socket.send_fds(connection.socket, [data], descriptors) :]
@@ -459,20 +382,36 @@ class Server:
             self._join(connection, client)
             return None
         try:
-            _check_size(hello.namespace)
-            opened = self.store.open_space(hello.namespace, hello.producer)
+            opened = self._open(hello.namespace, hello.producer)
         except LMCacheSDKError as error:
-            return p.Refused("settings", str(error))
-        client = Client(secrets.token_bytes(16), connection.pid, identity(connection.pid), opened, turn=hello.turn)
+            return p.Refused("settings", str(error)[:1000])
+        process = connection.pid, identity(connection.pid)
+        share = self._shares.get(process) if process[1] else None  # a process that cannot be seen may be any
+        client = Client(secrets.token_bytes(16), *process, opened, share or Share(), turn=hello.turn)
         # Written down before it is told where the memory is: the next life must know of it.
         if not self._pool.journal.client_joined(client.id, client.pid, client.known):
-            return p.Refused("limit", "there are too many clients")
+            return p.Refused("limit", "1,024 processes use this pool that have neither left nor are known to be gone")
         self._clients[client.id] = client
-        client.pidfd = _pidfd_of(connection.socket, client.pid)
+        self._shares[process] = client.share
+        client.pidfd = pidfd_of(connection.socket, client.pid)
         if client.pidfd >= 0:
             self._selector.register(client.pidfd, selectors.EVENT_READ, lambda _, __: self._exited(client))
         self._join(connection, client, self._pool.descriptors())
         return None
+
+    def _open(self, namespace: Namespace, producer: Producer) -> OpenSpace:
+        """Raises ConfigError, UnsupportedError."""
+        _check_size(namespace, producer)
+        opened = self.store.open_space(namespace, producer)
+        if self.store.space_count > _MOST_SPACES:
+            used = {client.opened for client in self._clients.values() if client.opened is not None}
+            self.store.close_spaces(used | {opened})
+            if self.store.space_count > _MOST_SPACES:
+                self.store.close_spaces(used)
+                raise ConfigError(
+                    f"{_MOST_SPACES} namespaces have clients or chunks in this pool; clear one that is not needed"
+                )
+        return opened
 
     def _join(self, connection: Connection, client: Client, descriptors: list[int] | None = None) -> None:
         connection.client = client
@@ -487,13 +426,7 @@ class Server:
             connection.client = None  # or the last one would take the client with it
             client.connections.discard(connection)
             self._close(connection)
-        held = set(hello.held)
-        for number, lease in list(client.leases.items()):
-            for part in [part for part, owner in lease.parts.items() if owner is client]:
-                if (number, part) not in held:
-                    self._release(client, number, part)
-        for number in [number for number in client.rooms if (number, 0) not in held]:
-            self.store.abort_lease(client.rooms.pop(number).number)
+        self._answers.take_back(client, but=set(hello.held))
 
     def _exited(self, client: Client) -> None:
         """Its process has ended, which alone frees what it holds."""
@@ -515,13 +448,7 @@ class Server:
         if self._clients.pop(client.id, None) is None:
             return
         self._unwatch(client)
-        for number, lease in list(client.leases.items()):
-            for part in [part for part, owner in lease.parts.items() if owner is client]:
-                self._release(client, number, part)
-        for room in client.rooms.values():
-            self.store.abort_lease(room.number)
-        for rid in client.requests:
-            self.store.forget(rid)
+        self._answers.forget_all(client)
         if client.opened is not None:
             self._pool.journal.client_left(client.id)
 
@@ -559,8 +486,6 @@ class Server:
                 raise p.ProtocolError("a second hello")
             case p.Ask():
                 return p.Figures(self.store.boot, self.store.stats(), self._details())
-            case p.Subscribe():
-                return self._subscribe(connection, request)
             case p.Drained():
                 earlier = self._earlier.get(request.client)
                 if earlier is not None and earlier.pid == client.pid:
@@ -572,202 +497,17 @@ class Server:
                 for other in list(client.connections):
                     self._close(other)
                 return None
-            case p.Drain():
-                return self._owe(
-                    connection,
-                    request.timeout_s,
-                    lambda: p.Count(1) if self.store.drained() else None,
-                    lambda: p.Count(int(self.store.drained())),
-                )
-        if client.opened is None:
-            return p.Refused("settings", "this connection named no namespace")
-        return self._carry_out(connection, client, client.opened, request)
+        answer = self._answers.answer(client, request)
+        return self._owe(connection, answer) if isinstance(answer, Owed) else answer
 
-    def _carry_out(
-        self, connection: Connection, client: Client, opened: OpenSpace, request: p.Request
-    ) -> p.Message | None:
-        store = self.store
-        match request:
-            case p.Lookup():
-                return self._lookup(client, opened, request)
-            case p.Wait():
-                rid = self._rid(client, request.rid)
-
-                def ready() -> p.Message | None:
-                    found = self._found(rid)
-                    return None if found.state == LookupState.PENDING else found
-
-                def late() -> p.Message:
-                    if request.settle:
-                        store.hurry(rid)
-                    return self._found(rid)
-
-                return self._owe(connection, request.timeout_s, ready, late)
-            case p.Claim():
-                return self._claim(client, opened, request)
-            case p.Take():
-                return p.Count(int(self._take(client, request)))
-            case p.Release():
-                self._release(client, request.lease, request.part)
-                return p.Count()
-            case p.Forget():
-                rid = self._rid(client, request.rid)
-                client.requests.pop(rid, None)
-                store.forget(rid)
-                return p.Count()
-            case p.Reserve():
-                return self._reserve(client, opened, request)
-            case p.Publish():
-                room = client.rooms.pop(request.lease, None)
-                if room is not None:
-                    store.publish_lease(room.number, request.chunks)
-                return p.Count()
-            case p.Pin():
-                return p.Count(self._pin(client, opened, request))
-            case p.Delete():
-                return p.Count(store.delete(opened, p.cut_digests(request.digests)))
-            case p.Clear():
-                return p.Count(store.clear_some(opened))
-        raise p.ProtocolError(f"{type(request).__name__} is no request for here")
-
-    def _lookup(self, client: Client, opened: OpenSpace, request: p.Lookup) -> p.Message:
-        if self._settings.require_salt and not request.salted:
-            return p.Found(LookupState.MISS, 0, 0, "a cache salt is required", {})
-        rid = self._rid(client, request.rid)
-        digests = p.cut_digests(request.digests)
-        if request.start:
-            known = self.store.digests_of(rid)
-            if len(known) != request.start:
-                return p.Found(LookupState.MISS, 0, p.AGAIN, "send all digests again", {})
-            digests = known + digests
-        chain = Chain.from_digests(
-            digests, opened.spec.chunk_tokens, tenant=request.tenant, positions_known=request.positions_known
-        )
-        client.requests.pop(rid, None)
-        client.requests[rid] = None
-        if len(client.requests) > _MOST_REQUESTS:
-            oldest = next(iter(client.requests))
-            del client.requests[oldest]
-            self.store.forget(oldest)
-        self.store.lookup(opened, rid, chain, prefetch=request.prefetch, total=request.total)
-        return self._found(rid)
-
-    def _found(self, rid: str) -> p.Found:
-        found, walked = self.store.found(rid)
-        sources = dict(found.sources)
-        return p.Found(found.state, found.chunks, walked, found.why, sources, found.found, found.missing, found.eta_s)
-
-    def _claim(self, client: Client, opened: OpenSpace, request: p.Claim) -> p.Message:
-        ticket = self.store.claim(self._rid(client, request.rid), request.boundary, request.first, request.parts)
-        if ticket is None:
-            return p.Claimed(None)
-        parts = dict.fromkeys(range(request.parts), client)
-        lease = Lease(ticket.lease, opened.space.chunk_bytes, len(ticket.cells), ticket.extents, parts)
-        number = self._number()
-        self._leases[number] = client.leases[number] = lease
-        if client.room_for(0, self._limit) < 0:
-            _log.warning("process %d holds %d bytes: no lease for it", client.pid, client.held_bytes)
-            for part in list(parts):
-                self._release(client, number, part)
-            return p.Claimed(None)
-        return p.Claimed(msgspec.structs.replace(ticket, lease=number))
-
-    def _take(self, client: Client, request: p.Take) -> bool:
-        number, lease = request.lease, self._leases.get(request.lease)
-        owner = lease.parts.get(request.part) if lease is not None else None
-        if lease is None or owner is None or owner.opened is not client.opened:
-            return False
-        lease.parts[request.part] = client
-        client.leases[number] = lease
-        if owner not in lease.parts.values():
-            del owner.leases[number]
-        return True
-
-    def _release(self, client: Client, number: int, part: int) -> None:
-        lease = client.leases.get(number)
-        if lease is None or lease.parts.get(part) is not client:
-            return
-        del lease.parts[part]
-        self.store.release_part(lease.number, part)
-        if client not in lease.parts.values():
-            del client.leases[number]
-        if not lease.parts:
-            del self._leases[number]
-
-    def _reserve(self, client: Client, opened: OpenSpace, request: p.Reserve) -> p.Message:
-        if self._settings.require_salt and not request.salted:
-            return p.Reserved(None)
-        cells = range(len(opened.payload_bytes))
-        if not request.cells or not set(request.cells) <= set(cells) or len(set(request.cells)) != len(request.cells):
-            raise p.ProtocolError(f"cells {request.cells[:8]} … are not within 0 .. {len(cells) - 1}, each once")
-        digests = p.cut_digests(request.digests)
-        if len(request.parent) not in (0, DIGEST_BYTES) or request.parent in digests:
-            raise p.ProtocolError("the parent is no digest of a chunk before")
-        chunk_bytes = opened.space.chunk_bytes
-        most = client.room_for(len(digests) * chunk_bytes, self._limit) // chunk_bytes
-        if most < len(digests):
-            _log.warning("process %d holds %d bytes: room for %d chunks only", client.pid, client.held_bytes, most)
-        reservation = self.store.reserve(
-            opened,
-            digests[: max(0, most)],
-            request.first,
-            request.cells,
-            parent=request.parent or None,
-            tenant=request.tenant,
-            positions_known=request.positions_known,
-        )
-        if reservation is None:
-            return p.Reserved(None)
-        number = self._number()
-        client.rooms[number] = Held(reservation.lease, chunk_bytes, len(request.cells), reservation.extents)
-        return p.Reserved(msgspec.structs.replace(reservation, lease=number))
-
-    def _pin(self, client: Client, opened: OpenSpace, request: p.Pin) -> int:
-        now = time.monotonic()
-        client.pins = [pin for pin in client.pins if pin[0] > now]
-        digests = p.cut_digests(request.digests)
-        pinned = sum(nbytes for _, nbytes in client.pins)
-        nbytes = len(digests) * opened.space.chunk_bytes
-        if len(client.pins) >= _MOST_PINS or pinned + nbytes > self._limit:
-            _log.warning("process %d has pinned %d bytes: no more for it", client.pid, pinned)
-            return 0
-        count = self.store.pin(opened, digests, request.ttl_s)
-        if count:
-            client.pins.append((now + request.ttl_s, count * opened.space.chunk_bytes))
-        return count
-
-    def _subscribe(self, connection: Connection, request: p.Subscribe) -> p.Message | None:
-        boot, log = self.store.boot, self.store.events
-        sequence = request.sequence if request.boot == boot else -1
-
-        def ready() -> p.Message | None:
-            events, lost = log.after(sequence, request.limit)
-            return p.Events(boot, events, lost) if events or lost else None
-
-        return self._owe(connection, request.timeout_s, ready, lambda: ready() or p.Events(boot, (), False))
-
-    def _owe(
-        self,
-        connection: Connection,
-        timeout_s: float,
-        ready: Callable[[], p.Message | None],
-        late: Callable[[], p.Message],
-    ) -> p.Message | None:
-        reply = ready()
-        if reply is None and timeout_s <= 0:
-            return late()
+    def _owe(self, connection: Connection, owed: Owed) -> p.Message | None:
+        reply = owed.ready()
+        if reply is None and owed.timeout_s <= 0:
+            return owed.late()
         if reply is None:
-            self._later.append(Later(connection, time.monotonic() + timeout_s, ready, late))
+            self._later.append(Later(connection, time.monotonic() + owed.timeout_s, owed))
             connection.waiting = True
         return reply
-
-    def _number(self) -> int:
-        """Of a lease or reservation, as clients know it: who has it has been given it."""
-        return secrets.randbits(63)
-
-    def _rid(self, client: Client, rid: str) -> str:
-        """Requests of different clients never meet."""
-        return f"{client.id.hex()}/{rid}"
 
     def _details(self) -> dict[str, msgspec.Raw]:
         clients = [
@@ -787,82 +527,30 @@ class Server:
             "clients": clients,
             "earlier_clients": len(self._earlier),
             "namespaces": self.store.describe_spaces(),
-            "tenants": self.store.tenant_bytes(),
+            "tenants": dict(nlargest(_MOST_TENANTS, self.store.tenant_bytes().items(), key=itemgetter(1))),
             "segments": [{"bytes": info.nbytes, "node": info.node} for info in self._pool.describe()],
         }
         return {name: msgspec.Raw(msgspec.msgpack.encode(value)) for name, value in details.items()}
 
 
-def _listen(settings: Settings) -> tuple[socket.socket, tuple[int, int]]:
-    """The listening socket, and what its file is. Whoever finds the file can connect, and nobody who may not."""
-    path = settings.socket
-    place = path.with_name(f".{os.getpid()}")
-    if max(len(os.fsencode(path)), len(os.fsencode(place))) > 107:
-        raise ConfigError(f"the socket path {path} has over 107 bytes; choose a shorter one")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} does not exist; create it, or choose another socket")
-    _check_free(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        os.fchmod(listener.fileno(), 0o600)  # of the file that bind makes
-        place.unlink(missing_ok=True)
-        listener.bind(str(place))
-        if settings.group is not None:
-            os.chown(place, -1, settings.group)
-            place.chmod(0o660)
-        listener.listen(1024)
-        found = _inode(place)
-        assert found is not None
-        place.rename(path)
-    except OSError as error:
-        listener.close()
-        with contextlib.suppress(OSError):
-            place.unlink()
-        raise BackendUnavailable(f"cannot create the socket {path}: {error.strerror}") from error
-    return listener, found
+def _check_size(namespace: Namespace, producer: Producer) -> None:
+    """Before anything is listed or kept. Raises ConfigError, UnsupportedError."""
+    texts = (*_texts(namespace), *_texts(producer))
+    if max(map(len, texts)) > _MOST_TEXT:
+        raise ConfigError(f"a description of {max(map(len, texts))} characters; up to {_MOST_TEXT} are served")
+    spec = namespace.spec
+    if len(spec.groups) > _MOST_GROUPS:
+        raise ConfigError(f"{len(spec.groups)} groups; up to {_MOST_GROUPS} are served")
+    spec.validate()
+    cells = sum(
+        -(-len(group.layers) // (spec.grid.layers_per_cell or len(group.layers)))
+        * -(-group.heads // (spec.grid.heads_per_cell or group.heads))
+        for group in spec.groups
+    )
+    if cells > _MOST_CELLS:
+        raise ConfigError(f"chunks of {cells} cells; up to {_MOST_CELLS} are served: raise layers_per_cell")
 
 
-def _check_free(path: Path) -> None:
-    """Raises BackendLocked if somebody answers there, ConfigError if it is no socket."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return  # a daemon that was killed has left it
-        except OSError as error:
-            why = error.strerror or "it does not accept connections"
-            raise BackendLocked(f"{path} is in use ({why}); stop that daemon, or choose another socket") from error
-    raise BackendLocked(f"another daemon answers on {path}; stop it, or choose another socket")
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _pidfd_of(connection: socket.socket, pid: int) -> int:
-    """A descriptor that becomes readable when the peer's process ends; -1 if the kernel cannot give one."""
-    with contextlib.suppress(OSError):
-        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    if pid > 0:
-        with contextlib.suppress(OSError):
-            return os.pidfd_open(pid)
-    return -1
-
-
-def _check_size(namespace: Namespace) -> None:
-    """Before its cells are listed. Raises ConfigError."""
-    for group in namespace.spec.groups:
-        if len(group.layers) > _MOST_LAYERS or group.heads > _MOST_HEADS:
-            raise ConfigError(
-                f"group {group.name!r} has {len(group.layers)} layers and {group.heads} heads; "
-                f"up to {_MOST_LAYERS} and {_MOST_HEADS} are served"
-            )
+def _texts(described: Namespace | Producer) -> list[str]:
+    values = (getattr(described, name) for name in described.__struct_fields__)
+    return [value for value in values if isinstance(value, str)]

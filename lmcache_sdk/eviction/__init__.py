@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
-from lmcache_sdk.eviction.fair import ANYBODY, Fair
+from lmcache_sdk.eviction.fair import ANYBODY, Fair, Queue
 from lmcache_sdk.eviction.lru import LRU
+from lmcache_sdk.eviction.s3fifo import S3FIFO
 
-__all__ = ["ANYBODY", "LRU", "Fair", "Policy"]
+__all__ = ["ANYBODY", "LRU", "QUEUES", "S3FIFO", "Fair", "Policy"]
+
+QUEUES: Mapping[str, Callable[[], Queue[Any]]] = {"lru": LRU, "s3fifo": S3FIFO}
+"""What ``eviction`` may be set to."""
 
 
 T = TypeVar("T")

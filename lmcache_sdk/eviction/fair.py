@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
@@ -20,8 +20,24 @@ class Owned(Protocol):
 O_ = TypeVar("O_", bound=Owned)
 
 
+class Queue(Protocol[O_]):
+    """What orders the items of one tenant: the part of a :class:`~lmcache_sdk.eviction.Policy` that is needed here."""
+
+    def insert(self, item: O_, tick: int) -> None: ...
+
+    def discard(self, item: O_) -> None: ...
+
+    def charge(self, tenant: str, nbytes: int) -> None: ...
+
+    def victim(self, tenant: str, nbytes: int) -> O_ | None: ...
+
+    def __contains__(self, item: O_) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+
 class Fair(Generic[O_]):
-    """A queue of its own for each tenant, least recently used first, and a rule for whose queue gives.
+    """A queue of its own for each tenant, and a rule for whose queue gives.
 
     A tenant's share is ``pool_bytes * weight / sum of the weights of all who have something in the pool``. Room comes
     from the tenant that has the most for its weight. Two things are never taken from another, only from one's own:
@@ -36,6 +52,7 @@ class Fair(Generic[O_]):
         pool_bytes: what is shared.
         weights: whole numbers from 1; a tenant without one has that of ``*``, else 1.
         quotas: bytes that a tenant may have at most; without one that of ``*``, else no bound.
+        queue: makes the queue of one tenant.
     """
 
     def __init__(
@@ -44,6 +61,7 @@ class Fair(Generic[O_]):
         *,
         weights: Mapping[str, int] | None = None,
         quotas: Mapping[str, int] | None = None,
+        queue: Callable[[], Queue[O_]] = LRU,
     ) -> None:
         self._pool_bytes = pool_bytes
         self._weights = dict(weights or {})
@@ -51,17 +69,15 @@ class Fair(Generic[O_]):
         assert all(weight >= 1 for weight in self._weights.values())
         self._bytes: dict[str, int] = {}
         self._present = 0  # the sum of the weights of those in _bytes
-        self._queues: dict[str, LRU[O_]] = {}
+        self._make = queue
+        self._queues: dict[str, Queue[O_]] = {}
         # By bytes for weight, greatest first. Who is in _ranked has an entry that is not below its true place; one
         # above is put right when it comes to the top. All who have something in their queue are in _ranked.
         self._ranks: list[tuple[float, str]] = []
         self._ranked: set[str] = set()
 
     def insert(self, item: O_, tick: int) -> None:
-        queue = self._queues.get(item.tenant)
-        if queue is None:
-            queue = self._queues[item.tenant] = LRU()
-        queue.insert(item, tick)
+        self._queue(item.tenant).insert(item, tick)
         if item.tenant not in self._ranked:
             self._ranked.add(item.tenant)
             self._rank(item.tenant)
@@ -73,6 +89,7 @@ class Fair(Generic[O_]):
             self._tidy(item.tenant)
 
     def charge(self, tenant: str, nbytes: int) -> None:
+        self._queue(tenant).charge(tenant, nbytes)
         before = self._bytes.get(tenant, 0)
         after = self._bytes[tenant] = before + nbytes
         if not before and after:
@@ -92,7 +109,7 @@ class Fair(Generic[O_]):
     def victim(self, tenant: str, nbytes: int) -> O_ | None:
         giver = tenant if self.full(tenant, nbytes) else self._giver(tenant, nbytes)
         queue = self._queues.get(giver)
-        item = queue.victim() if queue is not None else None
+        item = queue.victim(giver, nbytes) if queue is not None else None
         self._tidy(giver)
         return item
 
@@ -107,6 +124,12 @@ class Fair(Generic[O_]):
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
+
+    def _queue(self, tenant: str) -> Queue[O_]:
+        queue = self._queues.get(tenant)
+        if queue is None:
+            queue = self._queues[tenant] = self._make()
+        return queue
 
     def _giver(self, taker: str, nbytes: int) -> str:
         """Whose queue gives; the taker's own, which may be empty, where it may not take from another."""

@@ -17,8 +17,11 @@ import msgspec
 ROOT = "lmcache_sdk"
 FORMATS = ("text", "json")
 
-_USER_AND_PASSWORD = re.compile(r"://[^/\s]*@")
-_SECRET_PARAMETER = re.compile(r"([?&][\w.-]*(?:password|secret|token|key)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
+# As config.hide_secrets, but in the midst of a text.
+_PASSWORD = re.compile(r"(://[^/?#@:\s]*):[^?#\s]*@")
+_SECRET_PARAMETER = re.compile(
+    r"([?&][\w.-]*(?:password|passphrase|secret|token|credential|key)[\w.-]*)=[^&#\s'\"]+", re.IGNORECASE
+)
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -28,8 +31,8 @@ def logger(name: str) -> logging.Logger:
 
 
 def masked(text: str) -> str:
-    """Text as it may be shown: its URLs without users, passwords and secret parameters."""
-    return _SECRET_PARAMETER.sub(r"\1…", _USER_AND_PASSWORD.sub("://…@", text))
+    """Text as it may be shown: its URLs without passwords and secret parameters."""
+    return _SECRET_PARAMETER.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def log_to_stderr(level: str = "INFO", style: str = "text") -> None:

@@ -32,6 +32,11 @@ TOTALS = {
     "removed_chunks": Total("lmcache_removed_chunks", "Chunks that left the pool", "reason"),
     "store_dropped_chunks": Total("lmcache_dropped_chunks", "Chunks not stored, or not written to a tier", "where"),
     "written_chunks": Total("lmcache_written_chunks", "Chunks written to a tier", "tier"),
+    "short_lived_chunks": Total(
+        "lmcache_short_lived_chunks", "Chunks gone from the pool before their write to a tier was due", "tier"
+    ),
+    "negative_hits": Total("lmcache_negative_hits", "Times that a tier was not asked, as it had just said no", "tier"),
+    "abandoned_probes": Total("lmcache_abandoned_probes", "Times that a tier was passed over, as it was late", "tier"),
     "abandoned_jobs": Total("lmcache_abandoned_jobs", "Jobs on a tier past their deadline", "tier"),
 }
 
@@ -79,6 +84,7 @@ class Metrics:
         self.tier_used_bytes = gauge("lmcache_tier_used_bytes", "Bytes in a tier, where it can tell", "tier")
         self.tier_capacity_bytes = gauge("lmcache_tier_capacity_bytes", "What fits a tier; 0 = unknown", "tier")
         self.tier_breaker_open = gauge("lmcache_tier_breaker_open", "1 = the tier failed and is left alone", "tier")
+        self.tier_unwritten_bytes = gauge("lmcache_tier_unwritten_bytes", "What is to be written to a tier", "tier")
         registry.register(_Totals(totals))
 
     def values(self) -> dict[str, float]:

@@ -5,7 +5,6 @@ or becomes visible by one. (Against a machine that goes down it need not help: t
 values are the machine's own::
 
     0        the fixed part: magic, version, geometry, checksum
-    128      the generation, 8 bytes: another in each life of the pool
     4096     clients, 64 bytes each: id (16), pid, start time, mark (8 each)
     69632    spaces: length, checksum (8 each), bytes, padded to 8; a length of 0 ends the list
     1118208  slots, 16 bytes each: one for each extent
@@ -20,7 +19,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from logging import getLogger
 from typing import NamedTuple
@@ -28,10 +27,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache_sdk.core.extents import ALIGNMENT, SEGMENT_SHIFT, ByAddress
+from lmcache_sdk.core.extents import ALIGNMENT, SEGMENT_SHIFT
+from lmcache_sdk.core.parted import ByAddress
 from lmcache_sdk.errors import BackendFormatError
 from lmcache_sdk.pool import segment_sizes
 from lmcache_sdk.pool.mapping import is_complete
+from lmcache_sdk.pool.processes import may_live
 from lmcache_sdk.records import checksum
 
 _log = getLogger(__name__)
@@ -41,7 +42,6 @@ _VERSION = 1
 # In every version: magic and version, and behind 120 bytes their checksum. Here between them: the geometry.
 _FIXED = struct.Struct("=8sQQQ88x")
 assert _FIXED.size == 120
-_GENERATION = 128
 _CLIENTS = 4096
 _CLIENT_BYTES = 64
 _CLIENT_SLOTS = 1024
@@ -128,7 +128,6 @@ class Journal:
     ``freed`` comes before the bytes are given to anyone else.
 
     Attributes:
-        generation: this life of the pool; never 0.
         recovered: what an earlier life has left, ascending: inside the segments and without overlaps. It may be many;
             who has taken them over may clear the list.
         earlier_clients: who had not left by then. They stay listed until :meth:`client_left`.
@@ -147,20 +146,19 @@ class Journal:
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("Q")
         self._slots = geometry.slots
-        self._slot_of = ByAddress()  # index of the slot's second word
+        self._slot_of: ByAddress[int] = ByAddress()  # index of the slot's second word
         self.recovered = self._read_slots(descriptor, geometry.sizes)
         self._clients: dict[bytes, int] = {}  # row -> its first word
         self.earlier_clients = self._read_clients()
         self._spaces_end = _SPACES
         self.recovered_spaces = self._read_spaces()
         self._spaces = set(self.recovered_spaces)
+        self._full = False
         used = set(self._slot_of.values())
         first = _SLOTS // 8 + 1
         self._fresh = max(used, default=first - 2) + 2  # from here on slots have never been used
         self._freed = [at for at in range(first, self._fresh, 2) if at not in used]
         self._end = first + self._slots * 2
-        self.generation = (self._words[_GENERATION // 8] + 1) % (1 << 64) or 1
-        self._words[_GENERATION // 8] = self.generation
 
     def close(self) -> None:
         """Any further change raises ValueError."""
@@ -232,16 +230,18 @@ class Journal:
     # Clients
 
     def client_joined(self, client_id: bytes, pid: int, started: int) -> bool:
-        """List a client; one that is listed already is not listed twice. False if there are 1,024.
+        """List a client; one that is listed already is not listed twice. False if there are 1,024 that may still live.
 
         Args:
             client_id: 16 bytes. With another process it is listed beside the first: that may still be writing.
-            started: see :func:`lmcache_sdk.pool.processes.start_time`.
+            started: see :func:`lmcache_sdk.pool.processes.identity`.
         """
         assert len(client_id) == 16
         row = _CLIENT_FIELDS.pack(client_id, pid, started)
         if row in self._clients:
             return True
+        if len(self._clients) == _CLIENT_SLOTS:
+            self._drop_dead_clients()
         taken = set(self._clients.values())
         at = next((at for at in range(_CLIENTS // 8, _SPACES // 8, _CLIENT_BYTES // 8) if at not in taken), None)
         if at is None:
@@ -254,17 +254,30 @@ class Journal:
     def client_left(self, client_id: bytes) -> None:
         """It can no longer touch the pool, from no process. Idempotent."""
         for row in [row for row in self._clients if row.startswith(client_id)]:
-            self._words[self._clients.pop(row) + len(row) // 8] = 0
+            self._drop_client(row)
+
+    def _drop_client(self, row: bytes) -> None:
+        self._words[self._clients.pop(row) + len(row) // 8] = 0
+
+    def _drop_dead_clients(self) -> None:
+        """Of those whose process is gone nobody needs to hear that they have left."""
+        for row in list(self._clients):
+            _, pid, started = _CLIENT_FIELDS.unpack(row)
+            if not may_live(pid, started):
+                self._drop_client(row)
 
     # Spaces
 
     def save_space(self, space: bytes) -> bool:
-        """Keep what describes a space, once. False if the room for all of them (1 MiB) is used up."""
+        """Keep what describes a space, once. False if the room for all of them (1 MiB) is used up, which is logged."""
         if space in self._spaces:
             return True
         at = self._spaces_end
         end = _end_of_space(at, len(space))
         if not space or end > _SLOTS:
+            if not self._full:
+                _log.warning("the pool's list of models and engines is full; what others store is lost at a restart")
+            self._full = True
             return False
         if end < _SLOTS:
             self._words[end // 8] = 0
@@ -274,6 +287,15 @@ class Journal:
         self._spaces_end = end
         self._spaces.add(space)
         return True
+
+    def keep_spaces(self, spaces: Sequence[bytes]) -> None:
+        """Forget all others. Should the daemon be killed within this, it costs the chunks of those that follow."""
+        if self._spaces == set(spaces):
+            return
+        self._words[_SPACES // 8] = 0
+        self._spaces_end, self._spaces = _SPACES, set()
+        for space in spaces:
+            self.save_space(space)
 
     # Recovery
 
@@ -330,35 +352,10 @@ class Journal:
         return spaces
 
 
-class Generation:
-    """The generation, as a client sees it: the control file mapped read-only.
-
-    Args:
-        descriptor: of the control file; it may be closed then.
-
-    Raises:
-        BackendFormatError: it is no control file.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        if os.fstat(descriptor).st_size < mmap.PAGESIZE:
-            raise BackendFormatError("this is no control file of a pool: it is too short")
-        mapped = mmap.mmap(descriptor, mmap.PAGESIZE, prot=mmap.PROT_READ)
-        self._words = memoryview(mapped).cast("Q")
-
-    def __call__(self) -> int:
-        """Another number than at the last call: the pool has begun another life, and old tickets are void."""
-        return self._words[_GENERATION // 8]
-
-
 def write_control(descriptor: int, geometry: Geometry) -> None:
-    """Fill a new control file, of full size and zeros.
-
-    The first generation is drawn by lot: a pool that was removed and made again is not taken for the old one.
-    """
+    """Fill a new control file, of full size and zeros."""
     fixed = _FIXED.pack(_MAGIC, _VERSION, geometry.pool_bytes, geometry.segment_bytes)
-    words = struct.pack("=QQ", checksum(fixed), int.from_bytes(os.urandom(7), "little"))
-    os.pwrite(descriptor, fixed + words, 0)
+    os.pwrite(descriptor, fixed + struct.pack("=Q", checksum(fixed)), 0)
 
 
 def read_geometry(descriptor: int) -> Geometry:

@@ -63,7 +63,6 @@ class SharedPool:
     Attributes:
         sizes, segments: bytes of each segment; uint8 [nbytes] each, at multiples of 2 MiB.
         journal: to be told of every change.
-        generation: of this life; also in the control file, for clients to watch.
         recovered, earlier_clients, recovered_spaces: what the earlier life has left, see :class:`Journal`. Empty if
             there was none, and if what it has left is damaged: then the segments are new files, which no client of
             the earlier life can write to.
@@ -87,11 +86,9 @@ class SharedPool:
                 self.journal = Journal(control, geometry)
             finally:
                 os.close(control)
-            self._control = home.open("control", os.O_RDONLY)
         except BaseException:
             self._drop()
             raise
-        self.generation = self.journal.generation
         self.recovered: list[Recovered] = self.journal.recovered
         self.earlier_clients: list[RecoveredClient] = self.journal.earlier_clients
         self.recovered_spaces: list[bytes] = self.journal.recovered_spaces
@@ -181,15 +178,12 @@ class SharedPool:
         """Of the segments, to be passed to clients. They stay the pool's."""
         return list(self._descriptors)
 
-    def control_descriptor(self) -> int:
-        """Of the control file, for reading only, to be passed to clients. It stays the pool's."""
-        return self._control
-
     def describe(self) -> list[SegmentInfo]:
         return list(map(SegmentInfo, range(len(self.sizes)), self.sizes, self._nodes))
 
     def close(self, *, keep: bool) -> None:
-        """Give the pool up once nobody here writes to it any more. Idempotent.
+        """Give the pool up once nobody here writes to it any more, see :meth:`Store.close`. Idempotent. The lock of one
+        that is never closed is kept until the process ends.
 
         Arrays and views that are still about stay usable. The journal is closed: another process may be its writer.
 
@@ -200,7 +194,6 @@ class SharedPool:
             return
         self.journal.close()
         self._drop()
-        os.close(self._control)
         if not keep:
             self._home.remove()
         self._home.release()
@@ -275,18 +268,21 @@ class _Home:
 
     def check_geometry(self, wanted: Geometry) -> None:
         """Raises ControlBroken; BackendFormatError: it is a pool, but another one."""
-        remedy = f"remove it (SharedPool.remove, or delete {self.path}), or choose another directory"
+        remedy = f"or remove it and what is in it (rm -r {self.path})"
         control = self.open("control", os.O_RDONLY)
         try:
             found = read_geometry(control)
         except BackendFormatError as error:
-            raise BackendFormatError(f"{self.path}: {error}; {remedy}") from None
+            raise BackendFormatError(f"{self.path}: {error}; use the release that made it, {remedy}") from None
         finally:
             os.close(control)
         if found != wanted:
+            segments = ""
+            if found.segment_bytes != wanted.segment_bytes:
+                segments = f" in segments of {found.segment_bytes} bytes, not {wanted.segment_bytes}"
             raise BackendFormatError(
-                f"{self.path} holds a pool of {found.pool_bytes} bytes in segments of {found.segment_bytes}, asked for "
-                f"are {wanted.pool_bytes} in segments of {wanted.segment_bytes}; open it with its own size, {remedy}"
+                f"{self.path} holds a pool of {found.pool_bytes} bytes ({format_size(found.pool_bytes)}){segments}; "
+                f"asked for are {wanted.pool_bytes}: start with its own size (--pool {found.pool_bytes}), {remedy}"
             )
 
     def write_control(self, geometry: Geometry) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
-from lmcache_sdk.backend import Backend, Buffer, Item, Miss, Url
-from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
+from lmcache_sdk.backend import Backend, Buffer, Miss
+from lmcache_sdk.errors import BackendFull, BackendUnavailable
+from lmcache_sdk.testing.around import Around
+
+_T = TypeVar("_T")
 
 
 class Faults(NamedTuple):
@@ -34,87 +37,55 @@ class Faults(NamedTuple):
 NO_FAULTS = Faults()
 
 
-class FaultyBackend:
+class Faulty(Around):
     """Wraps a backend and breaks it.
 
     ``gate`` is an event that every call waits for before it begins: clear it to make the backend hang, set it
     to let it go on. No time passes by itself. ``entered`` is a semaphore that every call releases as it comes
-    to the gate, so that a test can wait until one hangs.
+    to the gate, so that a test can wait until one hangs. Closing waits for no gate.
 
     Args:
         inner: the backend that does the work.
         faults: what goes wrong how often; may be replaced at any time.
         seed: of the faults. Calls from several threads draw in the order in which they arrive.
+
+    Attributes:
+        calls: the names of the calls so far.
+        injected: the faults so far.
     """
 
-    instant: ClassVar[bool] = False
-
     def __init__(self, inner: Backend, faults: Faults = NO_FAULTS, *, seed: int = 0) -> None:
-        self.inner = inner
+        super().__init__(inner)
+        self.instant = False  # type: ignore[misc]  # it may hang, whatever is in it
         self.faults = faults
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
-        self.calls: list[str] = []  # the names of the calls so far
-        self.injected: list[str] = []  # the faults so far
+        self.calls: list[str] = []
+        self.injected: list[str] = []
         self._random = random.Random(seed)  # noqa: S311
         self._lock = threading.Lock()
 
-    @classmethod
-    def from_url(cls, url: Url) -> Self:
-        """Not addressable: it is made around a backend."""
-        raise ConfigError(f"a faulty backend has no URL, got {url.text!r}")
-
-    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
-        """Read, and then lose, shorten or change some of it."""
-        self._arrive("get")
-        answers = [
-            self._spoil(answer, buffer) for answer, buffer in zip(self.inner.get(keys, buffers), buffers, strict=True)
-        ]
-        self._leave()
-        return answers
-
-    def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
-        """Write, or have no room."""
-        self._arrive("put")
-        if self._draw("full"):
-            raise BackendFull("injected: no room")
-        answers = self.inner.put(items, if_absent=if_absent)
-        self._leave()
-        return answers
-
-    def contains(self, keys: Sequence[str]) -> list[bool]:
-        """As the inner backend says."""
-        self._arrive("contains")
-        return self.inner.contains(keys)
-
-    def prefix_len(self, keys: Sequence[str]) -> int:
-        """As the inner backend says."""
-        self._arrive("prefix_len")
-        return self.inner.prefix_len(keys)
-
-    def delete(self, keys: Sequence[str]) -> int:
-        """Remove."""
-        self._arrive("delete")
-        count = self.inner.delete(keys)
-        self._leave()
-        return count
-
-    def close(self, timeout_s: float) -> None:
-        """Close the inner backend. Never fails, and waits for no gate."""
-        self.inner.close(timeout_s)
-
-    def _arrive(self, call: str) -> None:
+    def around(self, call: str, keys: Sequence[str], work: Callable[[], _T]) -> _T:
         with self._lock:
             self.calls.append(call)
         self.entered.release()
         self.gate.wait()
         if self._draw("unavailable"):
             raise BackendUnavailable("injected: unavailable")
-
-    def _leave(self) -> None:
+        if call == "put" and self._draw("full"):
+            raise BackendFull("injected: no room")
+        answer = work()
         if self._draw("late"):
             raise BackendUnavailable("injected: failed after the work was done")
+        return answer
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
+        def read() -> list[int | Miss]:
+            answers = self.inner.get(keys, buffers)
+            return [self._spoil(answer, buffer) for answer, buffer in zip(answers, buffers, strict=True)]
+
+        return self.around("get", keys, read)
 
     def _spoil(self, answer: int | Miss, buffer: Buffer) -> int | Miss:
         if isinstance(answer, Miss):

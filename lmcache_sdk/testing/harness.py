@@ -6,20 +6,27 @@ The engine speaks first, once, when it can take requests::
 
     {"event": "ready", "engine": "hf", "namespace": "…", "producer": "…", "chunk_tokens": 64, "context_tokens": 8192}
 
+with, if it likes, ``block_tokens``, of its paged memory, and ``identity``, its ``Namespace`` and ``Producer`` in full;
 or ``{"error": "…"}``, and ends. Then each request has an ``id``, which its answer repeats, and an ``op``:
 
 ``generate``
     request: ``ids`` (token ids), ``max_new_tokens``; optional ``temperature``, ``top_p``, ``top_k``, ``seed``,
     ``cache_salt``, ``load`` and ``store`` (default true), ``logits`` (default false).
     answer: ``token_ids``, ``text``, ``prompt_tokens``, ``cached_tokens``, ``ttft_s``, ``finish_reason``; with
-    ``logits`` also ``logits_sha256`` of the float32 logits after the prompt, and ``top``, 20 pairs of token
-    id and log probability.
+    ``logits`` also ``top``, 20 pairs of token id and log probability after the prompt, and, from an engine that has
+    them, ``logits_sha256`` of the float32 logits there.
 ``tokenize``
     request: ``text`` or ``messages``. answer: ``token_ids``.
 ``flush``
     request: ``timeout_s``. answer: ``flushed``, whether all KV has reached the store.
 ``stats``
-    answer: ``stats``, the cache's (``lmcache_sdk.api.Stats``), or null without a cache.
+    answer: ``stats``, the cache's (``lmcache_sdk.api.Stats``), or null without a cache; and ``preemptions``, of an
+    engine that preempts requests, since its start.
+``forget``
+    of an engine with a prefix cache of its own: empty that. answer: ``forgotten``.
+``abort``
+    of an engine that runs several requests at once. request: ``target``, the id of a ``generate``, which is then
+    answered with an error. answer: ``aborted``, whether it still ran.
 ``stop``
     answer: ``stopped``, true; the process then ends with status 0.
 
@@ -33,7 +40,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import queue
+import signal
 import subprocess
 import tempfile
 import threading
@@ -91,6 +100,7 @@ class EngineHarness:
             stderr=self._stderr,
             env=self._env,
             text=True,
+            start_new_session=True,  # an engine may have processes of its own, which end with it
         )
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
         self._reader.start()
@@ -132,10 +142,11 @@ class EngineHarness:
             self.kill()
 
     def kill(self) -> None:
-        """End the process at once, as a crash would (SIGKILL), and free what it held. Idempotent."""
+        """End the process and its children at once, as a crash would (SIGKILL), and free what it held. Idempotent."""
         if self._process is None:
             return
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._reader is not None:
             self._reader.join()

@@ -5,14 +5,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import re
 import subprocess
 import sys
 import unittest
 from importlib import metadata
 from pathlib import Path
 
+from lmcache_sdk.backend import open_backend
+from lmcache_sdk.errors import ConfigError
+
 PACKAGES = ("lmcache_sdk", "lmcache_adapters", "lmcache_backends")
-EXTRAS = ("torch", "transformers", "vllm", "sglang", "matplotlib", "pytest", "hypothesis")
+EXTRAS = (
+    "torch", "transformers", "vllm", "sglang", "matplotlib", "pytest", "hypothesis", "cryptography", "mooncake",
+    "obstore", "redis", "valkey",
+)  # fmt: skip
 # Suites for other people's tests: whoever imports them has pytest.
 NEEDS_TEST_TOOLS = "lmcache_sdk.testing"
 
@@ -42,7 +49,22 @@ class ImportsTest(unittest.TestCase):
             self.assertTrue(points, group)
             for point in points:
                 with self.subTest(f"{group}: {point.name}"):
-                    self.assertTrue(callable(point.load()))
+                    if not point.extras:
+                        self.assertTrue(callable(point.load()))
+
+    def test_a_backend_that_needs_an_extra_says_which(self) -> None:
+        optional = [point for point in metadata.entry_points(group="lmcache_sdk.backends") if point.extras]
+        self.assertTrue(optional)
+        for point in optional:
+            with self.subTest(point.name):
+                (extra,) = point.extras
+                expected = rf"{re.escape(point.name)}:// needs the package '\w+': pip install 'lmcache-sdk\[{extra}\]'"
+                try:
+                    open_backend(f"{point.name}://host")
+                except ConfigError as error:
+                    self.assertRegex(str(error), f"^{expected}$")
+                else:
+                    self.fail("it opened")
 
     def test_the_command_answers(self) -> None:
         for option in ("--version", "--help"):

@@ -1,4 +1,4 @@
-"""The conformance suite on the built-in backends, and on the example of the documentation."""
+"""The conformance suite on the backends that need no server, how backends are found, and the page about writing one."""
 
 import importlib
 import re
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_backends import file
 from lmcache_backends.lmdb import LMDBBackend
 from lmcache_backends.memory import MemoryBackend
 from lmcache_backends.noop import NoopBackend
 from lmcache_sdk.backend import Backend, Miss, Scan, Url, Usage, open_backend
 from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
 from lmcache_sdk.testing.backends import BackendTests, item, read
-from lmcache_sdk.testing.faulty import Faults, FaultyBackend
+from lmcache_sdk.testing.faulty import Faults, Faulty
 
 DOC = Path(__file__).parents[2] / "docs" / "writing-a-backend.md"
 
@@ -62,37 +63,22 @@ class TestLMDB(BackendTests):
 
 
 class TestFaultyWithoutFaults(TestMemory):
-    def open(self, place: Path) -> FaultyBackend:
-        return FaultyBackend(MemoryBackend(self.bound))
+    def open(self, place: Path) -> Faulty:
+        return Faulty(MemoryBackend(self.bound))
 
-    def raw_get(self, backend: FaultyBackend, key: str) -> bytes | None:
+    def raw_get(self, backend: Faulty, key: str) -> bytes | None:
         return super().raw_get(backend.inner, key)
 
-    def raw_set(self, backend: FaultyBackend, key: str, data: bytes) -> None:
+    def raw_set(self, backend: Faulty, key: str, data: bytes) -> None:
         super().raw_set(backend.inner, key, data)
 
 
-def example() -> type:
-    """The class in the documentation, from its own text."""
-    code = re.search(r"```python\n(# dir_backend\.py.*?)```", DOC.read_text(), re.DOTALL)
-    assert code, "the example has gone from the page"
-    names: dict[str, object] = {"__name__": "dir_backend"}
-    exec(compile(code[1], str(DOC), "exec"), names)
-    return names["DirBackend"]
-
-
-class TestExample(BackendTests):
-    durable = True
-
-    def open(self, place: Path) -> Backend:
-        return example().from_url(Url(f"dir://{place}/records"))
-
-    def raw_get(self, backend: Backend, key: str) -> bytes | None:
-        file = backend.path_of(key)
-        return file.read_bytes() if file.exists() else None
-
-    def raw_set(self, backend: Backend, key: str, data: bytes) -> None:
-        backend.path_of(key).write_bytes(data)
+def test_the_page_shows_the_very_files() -> None:
+    shown = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", DOC.read_text(), re.DOTALL)
+    assert dict(shown) == {
+        "lmcache_backends/file.py": Path(file.__file__).read_text(),
+        "test_file.py": (DOC.parents[1] / "tests" / "backends" / "test_file.py").read_text(),
+    }
 
 
 def test_capabilities() -> None:
@@ -130,6 +116,11 @@ def test_bad_urls(cls: type[Backend], url: str, named: str) -> None:
         cls.from_url(Url(url))
 
 
+def test_options_of_a_tier_are_not_ignored() -> None:
+    with pytest.raises(ConfigError, match="behind #"):
+        open_backend("memory://#encrypt_key_file=/etc/kv.key")
+
+
 def test_memory_evicts_the_least_recently_used() -> None:
     backend = MemoryBackend(30)
     backend.put([item("a", b"x" * 10), item("b", b"x" * 10), item("c", b"x" * 10)])
@@ -145,7 +136,7 @@ def test_memory_evicts_the_least_recently_used() -> None:
 class TestFaulty:
     def test_the_same_seed_fails_the_same_way(self) -> None:
         def history(seed: int) -> list[object]:
-            backend = FaultyBackend(MemoryBackend(), Faults(0.2, 0.2, 0.2, 0.2, 0.2, 0.2), seed=seed)
+            backend = Faulty(MemoryBackend(), Faults(0.2, 0.2, 0.2, 0.2, 0.2, 0.2), seed=seed)
             seen: list[object] = []
             for i in range(100):
                 try:
@@ -160,7 +151,7 @@ class TestFaulty:
         assert history(1) != history(2)
 
     def test_faults_one_by_one(self) -> None:
-        backend = FaultyBackend(MemoryBackend())
+        backend = Faulty(MemoryBackend())
         data = bytes(1000)
         backend.put([item("k", data)])
         backend.faults = Faults(flipped=1)
@@ -184,7 +175,7 @@ class TestFaulty:
         assert backend.contains(["k", "late", "full"]) == [True, True, False]
 
     def test_the_gate(self) -> None:
-        backend = FaultyBackend(MemoryBackend())
+        backend = Faulty(MemoryBackend())
         backend.gate.clear()
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(backend.put, [item("k", b"1")])
@@ -196,7 +187,7 @@ class TestFaulty:
 
     def test_it_has_no_url(self) -> None:
         with pytest.raises(ConfigError):
-            FaultyBackend.from_url(Url("faulty://"))
+            Faulty.from_url(Url("faulty://"))
 
 
 def test_close_leaves_a_late_call_to_end() -> None:
@@ -233,6 +224,7 @@ def test_an_installed_package_adds_a_scheme(tmp_path: Path, monkeypatch: pytest.
     (info / "entry_points.txt").write_text(
         "[lmcache_sdk.backends]\nfake = fake_backend:Fake\nmemory = fake_backend:Fake\n"
         "broken = fake_backend:Absent\nlost = no_such_module_here:Lost\n"
+        "optional = no_such_module_here.client:Lost [client]\n"
     )
     (tmp_path / "fake_backend.py").write_text(
         "from lmcache_backends.memory import MemoryBackend\nclass Fake(MemoryBackend):\n    pass\n"
@@ -248,4 +240,9 @@ def test_an_installed_package_adds_a_scheme(tmp_path: Path, monkeypatch: pytest.
     for scheme, what in (("broken", "Absent"), ("lost", "no_such_module_here")):
         with pytest.raises(ConfigError, match=f"fake-backend, does not load: .*{what}"):
             open_backend(f"{scheme}://")
+    with pytest.raises(ConfigError) as refused:
+        open_backend("optional://")
+    assert str(refused.value) == (
+        "optional:// needs the package 'no_such_module_here': pip install 'fake-backend[client]'"
+    )
     del sys.modules["fake_backend"]

@@ -22,7 +22,6 @@ from lmcache_sdk.backend import Item, Miss, open_backend
 from lmcache_sdk.cli import app, commands, doctor
 from lmcache_sdk.cli.inventory import Key, parse_key
 from lmcache_sdk.cli.measure import Speed
-from lmcache_sdk.cli.target import shown
 from lmcache_sdk.keys import manifest_key
 from lmcache_sdk.spec import Namespace
 from tests.core.engine import CHUNK, PRODUCER, PagedEngine, namespace, store, tokens_of
@@ -130,11 +129,6 @@ def test_keys_are_taken_apart() -> None:
 )
 def test_what_is_no_key_is_none(text: str) -> None:
     assert parse_key(text) is None
-
-
-def test_passwords_are_not_shown() -> None:
-    assert shown("redis://me:secret@host/1?a=b") == "redis://…@host/1?a=b"
-    assert shown("lmdb:///a@b") == "lmdb:///a@b"
 
 
 # ls

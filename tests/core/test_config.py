@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_sdk.config import Config, Tenant, cache_home, format_size, load_config, parse_size
+from lmcache_sdk.config import Config, Tenant, cache_home, format_size, hide_secrets, load_config, parse_size
 from lmcache_sdk.errors import ConfigError
 
 GiB = 1 << 30
@@ -50,7 +50,7 @@ def test_every_setting_can_come_from_everywhere(tmp_path: Path) -> None:
         "wait_s": 0.5, "log_level": "DEBUG", "log_format": "json", "socket": "/run/kv.sock", "group": "users",
         "tiers": ("lmdb:///a?size=1GiB", "memory://"), "require_salt": True, "keep_pool": False, "metrics_port": 9100,
         "metrics_host": "::1", "metrics_token_file": "/t", "metrics_cert": "/c", "metrics_key": "/k",
-        "tenants": {"a": Tenant(quota=1 << 20, weight=2)},
+        "eviction": "s3fifo", "tenants": {"a": Tenant(quota=1 << 20, weight=2)},
     }  # fmt: skip
     assert set(values) == set(Config.__struct_fields__)
     expected = Config(**values)
@@ -182,6 +182,52 @@ def test_a_wrong_value_is_refused_by_name(flags: dict[str, Any], message: str) -
 
 def test_a_level_in_small_letters_will_do() -> None:
     assert load_config({"log_level": "debug"}, environment={}).log_level == "debug"
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:secret@host/1?a=b", "redis://me:***@host/1?a=b"),
+        ("redis://:sec/r@et@host", "redis://:***@host"),
+        ("s3://b/p?access_key_id=1&secret_key=2&region=x", "s3://b/p?access_key_id=***&secret_key=***&region=x"),
+        ("redis://me@host", "redis://me@host"),
+        ("lmdb:///a@b?size=1GiB", "lmdb:///a@b?size=1GiB"),
+    ],
+)
+def test_urls_are_shown_without_secrets(url: str, shown: str) -> None:
+    assert hide_secrets(url) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tiers: [redis/me:secret@host]",  # no URL, and so what is a password in it cannot be told
+        "tiers: {redis: 'redis://me:secret@host'}",
+        "tiers: [[secret]]",
+        "url: [redis://me:secret@host]",
+        "tiers: [redis://me:secret@host",  # no YAML
+        'tiers: "redis://me:secret@host\ntiers: {',
+        "tiers: !secret x",
+    ],
+)
+def test_what_is_wrong_is_said_without_secrets(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file=write(tmp_path / "c.yaml", text), environment={})
+    assert "c.yaml" in str(caught.value)
+    assert "secret@" not in str(caught.value) and "[secret" not in str(caught.value)
+
+
+def test_a_tier_that_is_no_url_is_told_by_its_number() -> None:
+    with pytest.raises(ConfigError, match=r"tiers must be URLs like lmdb:.*, and number 2 has no :// \(in flags?\)"):
+        load_config({"tiers": ["memory://", "redis/me:secret@host"]}, environment={})
+
+
+def test_a_line_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"c\.yaml is not YAML: .* in line 3, column 1"):
+        load_config(file=write(tmp_path / "c.yaml", "chunk_tokens: 1\ntiers: [a\n"), environment={})
 
 
 # The file

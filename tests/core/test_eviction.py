@@ -105,7 +105,7 @@ def prompt(seed: int, chunks: int, tenant: str) -> Chain:
 
 def fill(core: Core, chain: Chain) -> int:
     """Store a prompt; the answer is how many chunks found room."""
-    answer = core.reserve(core.spaces[ORIGIN], chain.digests(), 0, (0,), tenant=chain.tenant)
+    answer = core.reserve(core.spaces[ORIGIN], chain.digests(), 0, (0,), 0.0, tenant=chain.tenant)
     if answer is None:
         return 0
     core.publish(answer[0], None, 0.0)
@@ -145,7 +145,7 @@ def test_a_flood_under_lease_is_refused_rather_than_others_evicted() -> None:
     flood = prompt(1000, 4, "flood")
     fill(core, flood)
     core.lookup(core.spaces[ORIGIN], "flood", flood, 0.0)
-    assert core.claim("flood", 4, 0, 1) is not None
+    assert core.claim("flood", 4, 0, 1, 0.0) is not None
     assert fill(core, prompt(2000, 2, "flood")) == 0
     assert core.counters["store_dropped_chunks.pool_full"] == 2
     assert found(core, prompt(0, 4, "quiet")) == 4
@@ -168,7 +168,7 @@ def test_what_an_earlier_life_left_becomes_the_first_askers() -> None:
     for position in (3, 2, 1, 0):
         address = core.extents.allocate(SIZE)
         assert address is not None
-        core.adopt(space, chain.digests()[position], [address], 2 * position, leased=False)
+        core.earlier.adopt(space, chain.digests()[position], [address], 2 * position, leased=False)
     assert core.usage == {"": 4 * SIZE}
     core.lookup(space, "nobody", prompt(0, 1, ""), 0.0)
     assert core.usage == {"": 4 * SIZE}, "an asker without a name claims nothing"

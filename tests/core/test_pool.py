@@ -27,9 +27,9 @@ import xxhash
 
 from lmcache_sdk.errors import BackendError, BackendFormatError, BackendFull, BackendLocked, ConfigError
 from lmcache_sdk.pool import Pool, PrivatePool, segment_sizes
-from lmcache_sdk.pool.journal import ExtentState, Generation, Recovered, RecoveredClient
+from lmcache_sdk.pool.journal import ExtentState, Recovered, RecoveredClient
 from lmcache_sdk.pool.mapping import HUGE_PAGE_BYTES, map_segments, nodes, plan_nodes, prefer_node
-from lmcache_sdk.pool.processes import process_alive, start_time
+from lmcache_sdk.pool.processes import identity, process_alive, start_time
 from lmcache_sdk.pool.shared import SharedPool
 
 SEED = int(os.environ.get("LMCACHE_SDK_SEED", "20261124"))
@@ -189,47 +189,30 @@ def test_a_file_that_is_not_whole_is_not_mapped() -> None:
 
 CLIENT_PROGRAM = """
 import os, socket, sys
-from lmcache_sdk.pool.journal import Generation
 from lmcache_sdk.pool.mapping import map_segments
 with socket.socket(fileno=int(sys.argv[1])) as channel:
     _, descriptors, _, _ = socket.recv_fds(channel, 1, 8)
-    generation = Generation(descriptors[-1])
-    segments = map_segments(descriptors[:-1], [2 << 20, 2 << 20], populate=True)
+    segments = map_segments(descriptors, [2 << 20, 2 << 20], populate=True)
     for descriptor in descriptors:
         os.close(descriptor)
     assert all(segment.ctypes.data % (2 << 20) == 0 for segment in segments)
     segments[1][1000:2000] = segments[0][:1000] + 1
-    channel.send(generation().to_bytes(8, "little"))
-    while channel.recv(1):
-        channel.send(generation().to_bytes(8, "little"))
-    try:
-        os.pwrite(descriptors[-1], b"x", 0)
-    except OSError:
-        pass
+    channel.send(b"x")
 """
 
 
-def test_a_client_writes_through_passed_descriptors_and_sees_the_next_life(directory: Path) -> None:
+def test_a_client_writes_through_passed_descriptors(directory: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, opened(directory) as pool:
         pool.segments[0][:1000] = np.arange(1000) % 200
         command = [sys.executable, "-c", CLIENT_PROGRAM, str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        socket.send_fds(ours, [b"x"], [*pool.descriptors(), pool.control_descriptor()])
+        socket.send_fds(ours, [b"x"], pool.descriptors())
         theirs.close()
         ours.settimeout(20)
-        assert int.from_bytes(ours.recv(8), "little") == pool.generation
+        assert ours.recv(1) == b"x"
         assert np.array_equal(pool.segments[1][1000:2000], np.arange(1000) % 200 + 1)
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(pool.control_descriptor(), b"x", 0)
-        first = pool.generation
-        pool.close(keep=True)
-        with opened(directory) as later:
-            assert later.generation == first + 1
-            ours.send(b"x")
-            assert int.from_bytes(ours.recv(8), "little") == later.generation
-            ours.close()
-            assert process.wait(10) == 0
+        assert process.wait(10) == 0
 
 
 # The directory
@@ -259,7 +242,7 @@ def test_another_size_or_version_is_refused_and_nothing_lost(directory: Path) ->
         pool.segments[0][:] = 9
     before = content(directory)
     for nbytes, segment_bytes in ((8 * MIB, 2 * MIB), (4 * MIB, 4 * MIB)):
-        with pytest.raises(BackendFormatError, match=rf"{4 * MIB} bytes.*{nbytes} in segments.*remove"):
+        with pytest.raises(BackendFormatError, match=rf"{4 * MIB} bytes.*{nbytes}.*remove"):
             SharedPool.open(directory, nbytes, segment_bytes=segment_bytes)
     assert {name: text for name, text in content(directory).items() if name != "LOCK"} == {
         name: text for name, text in before.items() if name != "LOCK"
@@ -394,15 +377,13 @@ def test_the_next_life_finds_what_the_last_one_noted(directory: Path) -> None:
             True,
             False,
         ]
-        first = pool.generation
     expected = [
         Recovered(0, 128, ExtentState.SEALED, 2),
         Recovered(128, 64, ExtentState.BUSY, 0),
         Recovered(SEGMENT, 2 * MIB, ExtentState.SEALED, 0),
     ]
-    for life in (1, 2):
+    for _ in range(2):
         with opened(directory) as pool:
-            assert pool.generation == first + life
             assert pool.recovered == expected
             assert pool.earlier_clients == [RecoveredClient(CLIENT, 12, 34)]
             assert pool.recovered_spaces == [b"one", b"two, longer"]
@@ -435,7 +416,8 @@ def test_what_is_full_says_so(directory: Path) -> None:
         assert not journal.allocated(slots * 64, 64)
         journal.freed(64)
         assert journal.allocated(slots * 64, 64)
-        assert all(journal.client_joined(number.to_bytes(16, "big"), number, 0) for number in range(1024))
+        here = os.getpid(), identity(os.getpid())
+        assert all(journal.client_joined(number.to_bytes(16, "big"), *here) for number in range(1024))
         assert not journal.client_joined(b"x" * 16, 1, 2)
         journal.client_left((7).to_bytes(16, "big"))
         assert journal.client_joined(b"x" * 16, 1, 2)
@@ -463,11 +445,36 @@ def test_lease_counts_stay_within_their_field(directory: Path) -> None:
         assert {extent.state for extent in pool.recovered} == {ExtentState.SEALED}
 
 
-def test_a_generation_needs_a_control_file() -> None:
-    descriptor = os.memfd_create("control")
-    with pytest.raises(BackendFormatError):
-        Generation(descriptor)
-    os.close(descriptor)
+def test_spaces_that_are_not_kept_make_room(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spaces = [bytes([number]) * (MIB // 4 - 16) for number in range(4)]
+    with opened(directory) as pool:
+        assert all(map(pool.journal.save_space, spaces))
+        assert not pool.journal.save_space(b"x") and not pool.journal.save_space(b"y")
+        assert caplog.text.count("list of models and engines is full") == 1
+    with opened(directory) as pool:
+        pool.journal.keep_spaces(spaces[1:3])
+        assert pool.journal.save_space(b"x")
+    with opened(directory) as pool:
+        assert pool.recovered_spaces == [*spaces[1:3], b"x"]
+        pool.journal.keep_spaces([])
+    with opened(directory) as pool:
+        assert pool.recovered_spaces == []
+
+
+def test_rows_of_dead_clients_are_given_to_others(directory: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    known = identity(gone.pid)
+    with opened(directory) as pool:
+        journal = pool.journal
+        here = os.getpid(), identity(os.getpid())
+        assert all(journal.client_joined(number.to_bytes(16, "big"), *here) for number in range(1023))
+        assert journal.client_joined(CLIENT, gone.pid, known)
+        assert not journal.client_joined(b"x" * 16, *here)
+        gone.communicate(b"")
+        assert journal.client_joined(b"x" * 16, *here)
+        assert not journal.client_joined(b"y" * 16, *here)
+    with opened(directory) as pool:
+        assert len(pool.earlier_clients) == 1024 and CLIENT not in {row.client_id for row in pool.earlier_clients}
 
 
 # Damage

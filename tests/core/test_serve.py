@@ -19,8 +19,10 @@ from lmcache_sdk import BackendError, ConfigError, open_cache
 from lmcache_sdk import config as config_module
 from lmcache_sdk.api import Cache
 from lmcache_sdk.config import default_socket
-from lmcache_sdk.daemon.private import start_private
+from lmcache_sdk.daemon.client import DaemonCache
+from lmcache_sdk.daemon.private import PrivateCache, start_private
 from lmcache_sdk.daemon.serve import pool_directory
+from lmcache_sdk.pool.shared import SharedPool
 from tests.core.engine import CHUNK, PRODUCER, PagedEngine, load, namespace, slots_of, store, tokens_of
 from tests.core.served import Served, command, environment
 
@@ -152,6 +154,15 @@ def test_a_pool_smaller_than_a_prompt_is_told(served: Served) -> None:
     assert "less than one prompt of 4096" in served.log()
 
 
+def test_a_pool_that_is_useless_is_told_at_start(served: Served) -> None:
+    served.start(pool="64")  # as who thinks of GiB
+    assert "a pool of 64 B holds less than one prompt of 4,096 tokens" in served.log()
+    served.stop()
+    SharedPool.remove(served.pool)
+    served.start(pool="64MiB")
+    assert served.log().count("holds less than one prompt") == 1
+
+
 # What stands in the way
 
 
@@ -159,7 +170,8 @@ def test_a_second_daemon_is_refused(served: Served) -> None:
     served.start()
     done = command("serve", "--socket", served.socket, "--pool", "8MiB")
     assert done.returncode == 1
-    assert served.process is not None and f"process {served.process.pid}" in done.stderr
+    assert f"another daemon answers on {served.socket}; stop it" in done.stderr
+    assert served.process is not None
     assert served.status()["pid"] == served.process.pid
 
 
@@ -169,6 +181,7 @@ def test_a_pool_of_another_size_is_refused_and_kept(served: Served) -> None:
     served.stop()
     done = command("serve", "--socket", served.socket, "--pool", "16MiB")
     assert done.returncode == 1 and "holds a pool of 8388608 bytes" in done.stderr
+    assert "(--pool 8388608), or remove it" in done.stderr and f"rm -r {served.pool}" in done.stderr
     served.start()
     assert np.array_equal(read_at(served.url), rows)
 
@@ -190,7 +203,7 @@ def test_a_daemon_that_does_not_come_up_leaves_no_pool(served: Served) -> None:
 
 def test_passwords_are_not_logged(served: Served) -> None:
     done = command("serve", "--socket", served.socket, "--tier", "nothing://me:secret@host?password=secret")
-    assert "nothing://…@host?password=…" in done.stderr and "secret" not in done.stderr
+    assert "nothing://me:***@host?password=***" in done.stderr and "secret" not in done.stderr
 
 
 # Settings
@@ -221,13 +234,13 @@ def test_config_show_says_where_a_setting_comes_from(tmp_path: Path) -> None:
     assert "secret" not in done.stdout
     shown = json.loads(command("config", "show", "--config", file, "--json").stdout)
     assert shown["pool_bytes"] == {"value": 2 << 30, "source": str(file)}
-    assert shown["tiers"]["value"] == ["redis://…@host"]
+    assert shown["tiers"]["value"] == ["redis://me:***@host"]
 
 
 def test_config_check_names_all_that_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
-        "pool_bytes: lots\ntier: x\nchunk_tokens: 0\nmetrics_host: 10.0.0.1\ntiers: [nothing://x]\n"
+        "pool_bytes: lots\ntier: x\nchunk_tokens: 0\nmetrics_host: 10.0.0.1\ntiers: [nothing://x, 'memory://#write=sometimes']\n"
         "group: no-such-group\nmetrics_cert: nowhere.pem\n"
     )
     done = command("config", "check", file, LMCACHE_SDK_WAIT_S="-1")  # the file alone is checked
@@ -239,6 +252,7 @@ def test_config_check_names_all_that_is_wrong(tmp_path: Path) -> None:
         "metrics_host 10.0.0.1 can be reached from elsewhere",
         "metrics_cert and metrics_key belong together",
         "unknown scheme 'nothing'",
+        "tier memory://: write: ",
         "no group 'no-such-group'",
         "metrics_cert: there is no file nowhere.pem",
     ):
@@ -322,6 +336,23 @@ def test_an_engine_gets_a_daemon_for_a_store(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_child_that_was_forked_leaves_its_parents_daemon_alone(tmp_path: Path) -> None:
+    cache = open_cache("memory://", namespace=namespace(), producer=PRODUCER, pool_bytes=8 << 20, shared=True)
+    assert isinstance(cache, PrivateCache)
+    child = os.fork()
+    if child == 0:
+        try:
+            cache.close(1.0)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert cache.path.is_socket()
+    again = DaemonCache(cache.path, namespace(), PRODUCER)
+    assert again.connected
+    again.close()
+    cache.close()
+
+
 def test_a_private_daemon_leaves_nothing() -> None:
     private = start_private(["memory://"], 4 << 20)
     folder, pool = private.socket.parent, pool_directory(private.socket)
@@ -384,3 +415,39 @@ def test_a_private_daemon_that_is_killed_leaves_no_memory() -> None:
     assert [path.name for path in pool.iterdir()] == ["LOCK"]
     private.close()
     assert not pool.exists() and not private.socket.parent.exists()
+
+
+def test_a_private_daemon_is_told_to_end_though_a_child_has_its_pipe(tmp_path: Path) -> None:
+    """It must not be killed while it has something to write."""
+    url = f"lmdb://{tmp_path}/store?size=64MiB"
+    put_off = f"{url}#write=back&back=60s"
+    cache = open_cache(put_off, namespace=namespace(), producer=PRODUCER, pool_bytes=8 << 20, shared=True)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        engine = PagedEngine()
+        connector = engine.connect(cache)
+        store(cache, engine, connector, TOKENS)
+        connector.close()
+        started = time.monotonic()
+        cache.close(10.0)
+        assert time.monotonic() - started < 5.0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    again = open_cache(url, namespace=namespace(), producer=PRODUCER, pool_bytes=8 << 20)
+    assert np.array_equal(read(again), engine.rows(slots_of(1, CHUNKS * CHUNK)))
+    again.close()
+
+
+def test_a_private_cache_closes_in_time_though_its_daemon_hangs() -> None:
+    cache = open_cache("memory://", namespace=namespace(), producer=PRODUCER, pool_bytes=8 << 20, shared=True)
+    assert isinstance(cache, PrivateCache)
+    pid, pool = cache._private.pid, pool_directory(cache.path)
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    cache.close(0.1)
+    assert time.monotonic() - started < 0.8
+    assert not Path(f"/proc/{pid}/exe").exists() and not pool.exists() and not cache.path.parent.exists()

@@ -21,7 +21,7 @@ from lmcache_sdk.open import LocalCache
 from lmcache_sdk.pool import extent_bytes
 from lmcache_sdk.pool.shared import SharedPool
 from lmcache_sdk.store import Store, Tier
-from lmcache_sdk.testing.throttled import ThrottledBackend
+from lmcache_sdk.testing.throttled import Throttled
 from tests.core.engine import CHUNK, PRODUCER, PagedEngine, load, namespace, slots_of, store, tokens_of
 
 CHUNKS = 8
@@ -30,7 +30,7 @@ EXTENT_BYTES = extent_bytes(CHUNK_BYTES)
 TOKENS = [tokens_of(seed, CHUNKS * CHUNK) for seed in range(3)]
 
 
-class CountingBackend(ThrottledBackend):
+class CountingBackend(Throttled):
     reads = 0
 
     def get(self, keys: list[str], buffers: list[Buffer]) -> list[int | Miss]:  # type: ignore[override]
@@ -70,7 +70,7 @@ class Place:
 @pytest.fixture
 def records() -> MemoryBackend:
     records = MemoryBackend()
-    cache = LocalCache(Store([Tier("t", ThrottledBackend(records, 1e9))], pool_bytes=1 << 20), namespace(), PRODUCER)
+    cache = LocalCache(Store([Tier("t", Throttled(records, 1e9))], pool_bytes=1 << 20), namespace(), PRODUCER)
     engine = PagedEngine()
     connector = engine.connect(cache)
     for tokens in TOKENS:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 
 from lmcache_backends.memory import MemoryBackend
-from lmcache_sdk import ConfigError, LayoutError, LookupState, UnsupportedError, open_cache
+from lmcache_sdk import ConfigError, LayoutError, Lookup, LookupState, UnsupportedError, open_cache
 from lmcache_sdk.backend import Item, Miss, open_backend
 from lmcache_sdk.core import Limits
+from lmcache_sdk.core.rules import TierRules
 from lmcache_sdk.keys import Chain, Origin, key_text
 from lmcache_sdk.open import LocalCache
+from lmcache_sdk.pool.shared import SharedPool
 from lmcache_sdk.records import HEADER_BYTES, checksum, read_header, write_header
 from lmcache_sdk.spec import CellGrid
 from lmcache_sdk.store import Store, Tier
@@ -398,6 +403,184 @@ def test_a_tier_that_raises_anything_is_a_miss_and_is_left_alone() -> None:
     first.close()  # type: ignore[attr-defined]
 
 
+def test_a_probe_does_not_wait_behind_loads() -> None:
+    cache, gate, _, first = gated()
+    gate.open.clear()
+    for number in range(4):  # all readers are busy, and more wait in line
+        cache.lookup(f"r{number}", Chain(TOKENS[: (number + 1) * CHUNK], CHUNK))
+    wait_until(lambda: gate.gets == Limits().readers)
+    assert cache.lookup("other", Chain(tokens_of(7, CHUNK), CHUNK)).state is LookupState.PENDING
+    found = cache.wait("other", 10, settle=False)
+    assert (found.state, found.why) == (LookupState.MISS, "not stored")
+    gate.open.set()
+    cache.close()
+    first.close()  # type: ignore[attr-defined]
+
+
+class Doorkeeper(MemoryBackend):
+    """A tier that does not say what it has until it is told to."""
+
+    instant: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.asked = 0
+
+    def prefix_len(self, keys):  # type: ignore[no-untyped-def]
+        self.asked += 1
+        self.open.wait()
+        return super().prefix_len(keys)
+
+
+def test_a_tier_that_does_not_answer_gathers_no_tasks() -> None:
+    tier = Doorkeeper()
+    cache = LocalCache(
+        Store([Tier("hung", tier, rules=TierRules(probe_s=0.2))], pool_bytes=1 << 20), namespace(), PRODUCER
+    )
+    chain = Chain(TOKENS, CHUNK)
+    for number in range(20):
+        cache.lookup(f"r{number}", chain)
+    assert {cache.wait(f"r{number}", 10, settle=False).why for number in range(20)} == {"hung does not answer"}
+    waiting = cache.store._probers[0].waiting
+    for number in range(100):
+        assert cache.lookup(f"later{number}", chain).state is LookupState.MISS
+    assert tier.asked == Limits().readers and cache.store._probers[0].waiting == waiting < 20
+    tier.open.set()
+    wait_until(lambda: not cache.store._core.tiers[0].hung_probes)
+    cache.lookup("now", chain)
+    assert cache.wait("now", 10, settle=False).why == "not stored"
+    assert tier.asked == Limits().readers + 1, "what nobody waits for any more is not asked"
+    cache.store.check_integrity()
+    cache.close()
+
+
+class SlowToTell(MemoryBackend):
+    """How full it is takes it long to find out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.asking = threading.Event()
+        self.asked = 0
+
+    def usage(self):  # type: ignore[no-untyped-def]
+        self.asked += 1
+        self.asking.set()
+        self.open.wait()
+        return super().usage()
+
+
+def test_stats_never_wait_for_a_tier_and_are_right_soon() -> None:
+    tier = SlowToTell()
+    cache = LocalCache(Store([Tier("slow", tier)], pool_bytes=1 << 20), namespace(), PRODUCER)
+    assert tier.asking.wait(10)
+    assert [cache.stats().tiers[0].records for _ in range(100)] == [0] * 100
+    assert tier.asked == 1
+    tier.open.set()
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    store(cache, engine, connector, TOKENS)
+    assert cache.drain(10)
+    connector.close()
+    manifests = 2
+    wait_until(lambda: cache.store._usage[0].report and cache.store._usage[0].report.records == 5 + manifests)
+    found = cache.stats().tiers[0]
+    assert (found.records, found.used_bytes) == (5 + manifests, tier.usage().used_bytes)
+    tier.delete([stat.key for stat in tier.scan()])  # as another process would
+    wait_until(lambda: cache.stats().tiers[0].records == 0)
+    cache.close()
+
+
+def test_a_store_says_at_its_end_whether_a_tier_may_still_write_to_the_pool() -> None:
+    cache, gate, _, first = gated(Limits(fetch_s=0.1))
+    gate.open.clear()
+    cache.lookup("a", Chain(TOKENS, CHUNK))
+    assert cache.wait("a", 10).why == "load abandoned"
+    assert not cache.store.close(0.2)
+    assert not cache.store.close(0.2)
+    reader, pool = cache.store._readers[0], weakref.ref(cache.store.pool)
+    del cache
+    gc.collect()
+    assert pool() is not None, "the call may still write to it"
+    gate.open.set()
+    wait_until(lambda: not reader.alive)
+    assert first.store.close()  # type: ignore[attr-defined]
+
+
+def test_forgetting_tells_who_waits() -> None:
+    cache, gate, _, first = gated()
+    gate.open.clear()
+    cache.lookup("a", Chain(TOKENS, CHUNK))
+    wait_until(lambda: cache.wait("a", 0, settle=False).missing)
+    told: list[Lookup] = []
+    cache.store.on_change = lambda: told.append(cache.store.found("a")[0])
+    cache.forget("a")
+    assert [(found.state, found.why) for found in told] == [(LookupState.MISS, "no such request")]
+    gate.open.set()
+    cache.close()
+    first.close()  # type: ignore[attr-defined]
+
+
+class SlowToDelete(MemoryBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.open.set()
+
+    def delete(self, keys):  # type: ignore[no-untyped-def]
+        self.open.wait()
+        return super().delete(keys)
+
+
+@pytest.mark.parametrize("clear", [False, True], ids=["delete", "clear"])
+def test_what_is_deleted_is_not_found_though_the_tier_still_has_it(clear: bool) -> None:
+    tier = SlowToDelete()
+    cache = LocalCache(Store([Tier("slow", tier)], pool_bytes=1 << 20), namespace(), PRODUCER)
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    chain = store(cache, engine, connector, TOKENS)
+    assert cache.drain(10)
+    tier.open.clear()
+    assert (cache.clear() if clear else cache.delete(chain)) == 5
+    assert cache.lookup("a", chain).state is LookupState.MISS
+    store(cache, engine, connector, TOKENS[: 2 * CHUNK])
+    assert cache.lookup("b", chain).chunks == 2, "what is stored after that is there"
+    tier.open.set()
+    assert cache.drain(10)
+    assert cache.lookup("c", chain).chunks == 2
+    (space,) = cache.store._core.spaces.values()
+    assert not space.deleting and not space.clearing, "the tier may be read again"
+    assert left(tier, TOKENS) == 2
+    connector.close()
+    cache.store.check_integrity()
+    cache.close()
+
+
+def test_a_pool_remembers_only_the_models_that_it_has_chunks_of(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        saved = []
+        for life in range(3):
+            pool = SharedPool.open(Path(folder) / "pool", 1 << 20)
+            saved.append(len(pool.recovered_spaces))
+            shared = Store(pool=pool)
+            shared.end_earlier_life()
+            cache = LocalCache(shared, namespace(), PRODUCER)
+            for number in range(3):
+                shared.open_space(namespace(fingerprint=f"seen once {life} {number}"), PRODUCER)
+            engine = PagedEngine()
+            connector = engine.connect(cache)
+            if not life:
+                chain = store(cache, engine, connector, TOKENS)
+                assert cache.drain(10)
+            cache.lookup("a", chain)
+            assert cache.wait("a", 10).chunks == 5
+            connector.close()
+            assert shared.close()
+            pool.close(keep=life < 2)
+        assert saved == [0, 4, 4]
+
+
 def test_two_tiers_are_read_in_order_and_written_both(tmp_path: Path) -> None:
     urls = ["memory://", f"lmdb://{tmp_path}/store?size=64MiB"]
     rows = fill(urls)  # type: ignore[arg-type]
@@ -618,3 +801,20 @@ def wait_until(condition: object, timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
         time.sleep(0.01)
+
+
+def test_a_router_hears_of_a_chunk_in_order(cache: LocalCache) -> None:
+    """Told after the lock is given up, "stored" by one thread could follow "removed" by another."""
+    engine, log, inside = PagedEngine(), cache.store.events, []
+    add = log.add
+
+    def watched(**event: object) -> None:
+        inside.append(cache.store._lock.locked())
+        add(**event)  # type: ignore[arg-type]
+
+    log.add = watched  # type: ignore[method-assign]
+    connector = engine.connect(cache)
+    chain = store(cache, engine, connector, TOKENS)
+    assert cache.delete(chain) == len(chain)
+    connector.close()
+    assert inside == [True] * (2 * len(chain))

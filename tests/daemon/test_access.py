@@ -15,6 +15,7 @@ import pytest
 
 from lmcache_sdk.daemon import protocol as p
 from lmcache_sdk.daemon.client import Channel, DaemonCache
+from lmcache_sdk.daemon.listening import listen
 from lmcache_sdk.errors import BackendUnavailable
 from lmcache_sdk.pool.processes import identity, may_live
 from tests.core.engine import PRODUCER
@@ -277,3 +278,62 @@ def test_a_hello_is_waited_for_no_longer_than_that(daemon: Daemon, monkeypatch: 
         silent.connect(str(daemon.socket))
         silent.settimeout(14)
         assert silent.recv(1) == b""
+
+
+def test_the_socket_is_made_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """Two containers that share the folder have processes of the same number."""
+    other = tmp_path / f".{os.getpid()}"
+    other.write_text("another daemon's")
+    listener, _ = listen(tmp_path / "s", None)
+    assert other.read_text() == "another daemon's"
+    assert {path.name for path in tmp_path.iterdir()} == {"s", other.name}
+    listener.close()
+
+
+def test_a_socket_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OverflowError):
+        listen(tmp_path / "s", 1 << 40)
+    if os.geteuid():
+        with pytest.raises(BackendUnavailable):
+            listen(tmp_path / "s", 0)
+    assert not list(tmp_path.iterdir())
+
+
+LOOK = """
+import os, sys
+from pathlib import Path
+from lmcache_sdk.daemon.serve import ask
+from lmcache_sdk.errors import BackendUnavailable
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    ask(Path(sys.argv[1]))
+except BackendUnavailable as error:
+    print(error)
+"""
+
+
+@as_root
+def test_somebody_else_who_looks_is_told_why_there_is_nothing_to_see(daemon: Daemon) -> None:
+    daemon.folder.chmod(0o755)
+
+    def look() -> str:
+        line = [sys.executable, "-c", LOOK, str(daemon.socket)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=30).stdout
+
+    assert f"this user may not use the daemon on {daemon.socket}; it serves its own user" in look()
+    daemon.socket.chmod(0o666)
+    assert "has hung up: it ends, or refuses this user; it serves its own user" in look()
+
+
+@as_root
+def test_a_socket_that_is_out_of_reach_is_an_error_of_its_own(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    program = (
+        "import os, sys; from pathlib import Path; from lmcache_sdk.daemon.listening import check_free\n"
+        "os.setgid(65534); os.setuid(65534); check_free(Path(sys.argv[1]))"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "s")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
+    assert f"ConfigError: cannot look at {tmp_path / 's'} (Permission denied)" in done.stderr

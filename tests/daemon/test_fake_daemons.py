@@ -21,7 +21,7 @@ import pytest
 from lmcache_sdk import BackendFormatError, ConfigError, Lookup, LookupState
 from lmcache_sdk.api import Reservation, Ticket
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.daemon.client import DaemonCache
+from lmcache_sdk.daemon.client import Channel, DaemonCache
 from lmcache_sdk.keys import Chain
 from tests.core.engine import CHUNK, PRODUCER
 from tests.daemon.daemon_process import until
@@ -186,6 +186,40 @@ def test_a_daemon_that_drips(path: Path) -> None:
         cache = cache_at(path)
         assert timed(lambda: cache.lookup("r", chain())).state is LookupState.MISS
         cache.close(1.0)
+
+
+def test_what_is_done_meanwhile_does_not_make_a_call_late(path: Path) -> None:
+    with FakeDaemon(path, lambda _: None):
+        channel = Channel(path, TIMEOUT_S)
+        pause = threading.Event()
+
+        def endlessly() -> bool:
+            pause.wait(0.001)
+            return True
+
+        with pytest.raises(TimeoutError):
+            timed(lambda: channel.send(p.encode(p.Ask()), TIMEOUT_S, meanwhile=endlessly))
+        channel.close()
+
+
+def test_the_rest_of_a_prompt_is_hashed_while_the_daemon_looks(path: Path) -> None:
+    ours = chain(2000)
+    with FakeDaemon(path, lambda _: p.Count(0)) as fake:
+
+        def slowly(_: Any) -> p.Message:
+            fake._ended.wait(TIMEOUT_S / 2)
+            return p.Found(LookupState.MISS, 0, 0, "", {})
+
+        fake.answer = slowly
+        cache = cache_at(path)
+        assert timed(lambda: cache.lookup("r", ours)).state is LookupState.MISS
+        assert ours.hashed == 2000
+        fake.answer = lambda _: p.Found(LookupState.MISS, 0, 0, "", {})
+        other = Chain(prompt(2, 2000), CHUNK)
+        assert cache.lookup("s", other).state is LookupState.MISS
+        assert other.hashed < 2000, "a daemon that answers at once has not been waited with"
+        assert ours.digests() == Chain(prompt(1, 2000), CHUNK).digests()
+        cache.close(0.0)
 
 
 def test_a_slow_daemon_does_not_add_up(path: Path) -> None:

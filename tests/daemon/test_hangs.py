@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import statistics
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lmcache_sdk import LookupState
-from tests.core.engine import CHUNK
+from lmcache_backends.memory import MemoryBackend
+from lmcache_sdk import BackendLocked, LookupState
+from lmcache_sdk.backend import Item
+from lmcache_sdk.daemon import protocol as p
+from lmcache_sdk.daemon import serve
+from lmcache_sdk.daemon.server import Settings
+from lmcache_sdk.pool.shared import SharedPool
+from lmcache_sdk.store import Tier
+from tests.core.engine import CHUNK, PRODUCER
 from tests.daemon.daemon_process import Daemon, until
-from tests.daemon.engine_process import CHUNKS, EngineProcess, close, connect, prompt
+from tests.daemon.engine_process import CHUNKS, EngineProcess, close, connect, layered, prompt
 
 EXACT = {"hit": CHUNKS, "failed": [], "wrong": []}
 TIMEOUT_S = 0.3
@@ -25,6 +37,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "wait": lambda e: e.cache.wait("r", 0.1),
     "claim": lambda e: e.cache.claim("r", 1),
     "reserve": lambda e: e.cache.reserve("r", e.chain(5, CHUNKS), 0, CHUNKS),
+    "take": lambda e: e.cache.take(e.other),
+    "release": lambda e: e.cache.release(e.ticket),
+    "publish": lambda e: e.cache.publish(e.room),
+    "abort": lambda e: e.cache.abort(e.room),
     "forget": lambda e: e.cache.forget("r"),
     "pin": lambda e: e.cache.pin(e.chain(1, CHUNKS), 1.0),
     "delete": lambda e: e.cache.delete(e.chain(1, CHUNKS)),
@@ -41,6 +57,11 @@ def test_a_call_to_a_hung_daemon_ends_in_time(daemon: Daemon, name: str) -> None
     engine = connect(daemon, call_timeout_s=TIMEOUT_S)
     assert engine.store(1).wait(10)
     assert engine.load(1) == EXACT
+    scheduler = connect(daemon)
+    held: Any = engine
+    held.ticket, held.other = engine.claim(1), scheduler.claim(1)
+    held.room = engine.cache.reserve("s", engine.chain(7, CHUNKS), 0, CHUNKS)
+    assert held.ticket and held.other and held.room
     daemon.process.stop()
     started = time.monotonic()
     CALLS[name](engine)
@@ -48,6 +69,113 @@ def test_a_call_to_a_hung_daemon_ends_in_time(daemon: Daemon, name: str) -> None
     daemon.process.go_on()
     print(f"{name}: {took:.3f} s")
     assert took < TIMEOUT_S + 0.1 + SLACK_S
+    if name != "close":
+        until(lambda: engine.daemon.connected, 3)
+        engine.cache.release(held.ticket)
+        engine.cache.abort(held.room)
+    scheduler.cache.release(held.other)
+    close(engine)
+    close(scheduler)
+    if name != "close":  # which had a copy under way
+        daemon.settled()
+        until(lambda: daemon.check()["clients"] == 0)
+
+
+@pytest.mark.parametrize("what", ["claim", "take", "reserve", "lookup"])
+def test_what_an_interrupted_call_was_for_is_not_held(daemon: Daemon, what: str) -> None:
+    """Ctrl-C, or a signal that raises, while the daemon is slow."""
+    assert daemon.process is not None
+    engine, scheduler = connect(daemon), connect(daemon)
+    assert engine.store(1).wait(10)
+    assert engine.cache.lookup("r", engine.chain(1, CHUNKS)).chunks == CHUNKS
+    ticket = scheduler.claim(1)
+    assert ticket is not None
+    calls: dict[str, Callable[[], Any]] = {
+        "claim": lambda: engine.cache.claim("r", CHUNKS),
+        "take": lambda: engine.cache.take(ticket),
+        "reserve": lambda: engine.cache.reserve("s", engine.chain(9, CHUNKS), 0, CHUNKS),
+        "lookup": lambda: engine.cache.lookup("q", engine.chain(1, CHUNKS)),
+    }
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    daemon.process.stop()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            calls[what]()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        daemon.process.go_on()
+    until(lambda: engine.daemon.connected and scheduler.daemon.connected, 3)
+    scheduler.cache.release(ticket)
+    engine.cache.forget("r")
+    daemon.settled()
+    assert engine.load(1) == EXACT
+    close(engine)
+    close(scheduler)
+
+
+def test_a_daemon_that_is_reached_after_the_end_is_left_again(daemon: Daemon) -> None:
+    """The keeper is reaching it while its cache is closed."""
+    assert daemon.process is not None
+    for pause_s in (0.25, 0.4):
+        engine = connect(daemon, call_timeout_s=TIMEOUT_S)
+        assert engine.store(1).wait(10)
+        assert engine.claim(1) is not None  # and not taken: a claim alone holds nothing up
+        assert engine.connector.close()
+        daemon.process.stop()
+        engine.cache.stats()
+        assert not engine.daemon.connected
+        threading.Event().wait(pause_s)
+        engine.cache.close(0.1)
+        daemon.process.go_on()
+        until(lambda: not engine.daemon._keeper.is_alive(), 3)  # noqa: B023
+        assert not engine.daemon.connected
+        until(lambda: daemon.check()["clients"] == 0, 3, "leaving")
+        daemon.settled()
+
+
+def test_numbers_may_be_numpys(daemon: Daemon) -> None:
+    engine, zero, count = connect(daemon), np.int64(0), np.int64(CHUNKS)
+    room = engine.cache.reserve("s", engine.chain(1, CHUNKS), zero, count)  # type: ignore[arg-type]
+    assert room is not None
+    engine.cache.publish(room, list(np.arange(CHUNKS)))
+    assert engine.cache.lookup("r", engine.chain(1, CHUNKS)).chunks == CHUNKS
+    ticket = engine.cache.claim("r", count, first=zero, parts=np.int32(1))  # type: ignore[arg-type]
+    assert ticket is not None and engine.cache.take(ticket, zero)  # type: ignore[arg-type]
+    engine.cache.release(ticket, zero)  # type: ignore[arg-type]
+    assert engine.cache.pin(engine.chain(1, CHUNKS), np.float32(0.1)) == CHUNKS  # type: ignore[arg-type]
+    daemon.settled()
+    close(engine)
+
+
+@pytest.mark.parametrize("chunks", [[-1], [1 << 70], [99]])
+def test_a_publication_of_what_cannot_be_gives_the_room_back(daemon: Daemon, chunks: list[int]) -> None:
+    engine = connect(daemon)
+    room = engine.cache.reserve("s", engine.chain(1, CHUNKS), 0, CHUNKS)
+    assert room is not None
+    engine.cache.publish(room, chunks)
+    assert daemon.settled()["chunks"] == 0
+    close(engine)
+
+
+def test_a_publication_that_is_refused_gives_the_room_back(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = connect(daemon)
+    room = engine.cache.reserve("s", engine.chain(1, CHUNKS), 0, CHUNKS)
+    assert room is not None
+    encode = p.encode
+
+    def refuse(message: p.Message) -> bytes:
+        if isinstance(message, p.Publish) and message.chunks != ():
+            raise p.ProtocolError("a message over the limit")
+        return encode(message)
+
+    monkeypatch.setattr(p, "encode", refuse)
+    engine.cache.publish(room)
+    assert daemon.settled()["chunks"] == 0
     close(engine)
 
 
@@ -224,3 +352,40 @@ def test_a_lookup_whose_hold_has_expired_is_asked_anew() -> None:
         assert engine.cache.lookup("r", chain).chunks == CHUNKS
         assert len(prompt(1)) == CHUNKS * CHUNK
         close(engine)
+
+
+class Hanging(MemoryBackend):
+    """Its writes come back when they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
+        self.entered.set()
+        self.go_on.wait(30)
+        return super().put(items, if_absent=if_absent)
+
+
+def test_a_tier_that_does_not_return_keeps_the_pool_from_the_next_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may still be reading from the pool, or writing to it."""
+    tier = Hanging()
+    monkeypatch.setattr(serve, "open_tiers", lambda _: [Tier("hanging", tier)])
+    monkeypatch.setattr(serve, "DRAIN_S", 0.3)
+    directory = Path(tempfile.mkdtemp(prefix="lmcache-sdk-test-", dir="/dev/shm")) / "pool"
+    try:
+        with serve.daemon(Settings(tmp_path / "s"), pool_bytes=1 << 20, tiers=["x"], directory=directory) as running:
+            running.store.open_space(layered(), PRODUCER)  # which is written down in the tiers
+            assert tier.entered.wait(10)
+            pool = running.pool
+        with pytest.raises(BackendLocked):
+            SharedPool.open(directory, 1 << 20)
+        tier.go_on.set()
+        until(lambda: running.store.close(0), what="the call returning")
+        pool.close(keep=False)  # the process's end
+        assert not directory.exists()
+    finally:
+        tier.go_on.set()
+        shutil.rmtree(directory.parent)

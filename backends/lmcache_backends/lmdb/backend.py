@@ -110,7 +110,7 @@ class LMDBBackend:
         size = url.take("size", _UNNAMED)
         url.finish()
         if url.host or len(url.path) < 2:
-            raise ConfigError(f"{url.text!r} has no absolute path; write lmdb:///var/lib/kv with three slashes")
+            raise ConfigError(f"{url.shown!r} has no absolute path; write lmdb:///var/lib/kv with three slashes")
         path = Path(url.path)
         if size != _UNNAMED:
             return cls(path, parse_size(size))

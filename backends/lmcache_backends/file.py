@@ -1,0 +1,158 @@
+"""``file://``: a record is a file, in a directory that many processes and machines may share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ClassVar, Self
+from zlib import crc32
+
+from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport, leading
+from lmcache_sdk.config import parse_size
+from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
+
+_CRASHED_S = 60.0  # an unfinished file to which nobody has written for so long has lost its writer
+
+
+class FileBackend:
+    """Files in the folder ``records`` of a directory. They are the only truth: whoever finds ``size`` bytes reached
+    evicts what was used least recently, no matter who wrote it.
+    """
+
+    instant: ClassVar[bool] = False  # asks the file system
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._root, self._size, self._evictions = directory / "records", size, 0
+        self._unseen = 0  # bytes that may be written until the directory is looked at again
+        self._lock = threading.Lock()
+        self._open = True
+        with self._call():
+            directory.mkdir(exist_ok=True)
+
+    @classmethod
+    def from_url(cls, url: Url) -> Self:
+        """``file:///absolute/path?size=50GiB``: its parent must exist. All who share it should say the same size."""
+        size = url.take("size")
+        url.finish()
+        if url.host or len(url.path) < 2 or not size:
+            raise ConfigError(f"{url.shown!r} needs a path and a size, like file:///mnt/kv?size=50GiB (three slashes)")
+        return cls(Path(url.path), parse_size(size))
+
+    def path_of(self, key: str) -> Path:
+        """A key is a name, and may be too long for a file's: then the front of it is a folder's."""
+        name = key.replace("/", ",") + "="
+        return self._root.joinpath(f"{crc32(name.encode()) & 255:02x}", *filter(None, (name[:200], name[200:])))
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
+        pairs = zip(reversed(keys), reversed(buffers), strict=True)  # the front of a prefix is used last, and stays
+        with self._call():
+            return [self._read(self.path_of(key), buffer) for key, buffer in pairs][::-1]
+
+    def _read(self, path: Path, buffer: Buffer) -> int | Miss:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return Miss.ABSENT
+        try:
+            nbytes = (stat := os.fstat(file)).st_size
+            if nbytes > len(buffer):
+                return Miss.TOO_LARGE
+            with suppress(OSError):  # another user's
+                os.utime(file, ns=(time.time_ns(), stat.st_mtime_ns))
+            return nbytes if os.readv(file, [buffer[:nbytes]]) == nbytes else Miss.ABSENT
+        finally:
+            os.close(file)
+
+    def touch(self, keys: Sequence[str]) -> None:
+        for path in map(self.path_of, keys):
+            with suppress(OSError):
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
+        with self._call():
+            return [self._write(self.path_of(key), data, if_absent) for key, data in items]
+
+    def _write(self, path: Path, data: memoryview, if_absent: bool) -> bool:
+        if if_absent and path.exists():
+            return False
+        self._make_room(len(data))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{os.urandom(16).hex()}.new")
+        try:
+            new.write_bytes(data)
+            path.hardlink_to(new) if if_absent else new.replace(path)  # all at once; a link replaces nothing
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _make_room(self, need: int) -> None:
+        """Evict to 28/32 of the size, and look again 1/32 later: so the bound holds with up to four who write."""
+        with self._lock:
+            self._unseen -= need
+            if self._unseen >= 0:
+                return
+            goal = self._size // 32 * 28 - need
+            if goal < 0:
+                raise BackendFull(f"a record of {need} bytes is too large for {self._root} with size={self._size}")
+            files = sorted(self._files(), key=lambda file: file[1].st_atime_ns)
+            used = sum(stat.st_size for _, stat in files)
+            for path, stat in files:
+                finished = path.suffix != ".new"
+                if used > goal if finished else time.time() - stat.st_mtime > _CRASHED_S:
+                    path.unlink(missing_ok=True)
+                    used -= stat.st_size
+                    self._evictions += finished
+            self._unseen = self._size // 32
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for folder, _, names in os.walk(self._root):
+            for path in (Path(folder, name) for name in names if name.endswith(("=", ".new"))):
+                with suppress(FileNotFoundError):
+                    yield path, path.stat()
+
+    def scan(self, prefix: str = "") -> Iterator[Stat]:
+        with self._call():
+            for path, stat in self._files():
+                key = "".join(path.relative_to(self._root).parts[1:]).replace(",", "/")
+                if key.startswith(prefix) and key.endswith("="):
+                    yield Stat(key[:-1], stat.st_size, stat.st_mtime)
+
+    def usage(self) -> UsageReport:
+        sizes = [stat.nbytes for stat in self.scan()]
+        return UsageReport(len(sizes), sum(sizes), self._size, self._evictions)
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        with self._call():
+            return [self.path_of(key).exists() for key in keys]
+
+    def prefix_len(self, keys: Sequence[str]) -> int:
+        return leading(self.contains([key])[0] for key in keys)
+
+    def delete(self, keys: Sequence[str]) -> int:
+        removed = 0
+        with self._call():
+            for key in keys:
+                with suppress(FileNotFoundError):
+                    self.path_of(key).unlink()
+                    removed += 1
+        return removed
+
+    def close(self, timeout_s: float) -> None:
+        self._open = False  # what calls that are inside use is not taken from them
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        if not self._open:
+            raise BackendUnavailable(f"{self._root} is closed")
+        try:
+            yield
+        except OSError as error:
+            kind = BackendFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackendUnavailable
+            raise kind(f"{self._root}: {error.strerror}") from error
