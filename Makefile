@@ -7,7 +7,7 @@ NOX = $(TOOLS) nox
 
 # make test ENGINE=hf: that engine's suite only, beside those without an engine.
 ENGINES = hf
-SUITES = lint bare core daemon $(or $(ENGINE),$(ENGINES))
+SUITES = lint bare core daemon backends $(or $(ENGINE),$(ENGINES))
 
 .PHONY: help demo test test-fast test-full soak lint bench nox clean
 
@@ -32,8 +32,8 @@ soak:  ## daemon and engines killed at random for minutes, all bytes compared (A
 lint:  ## format, style, types, floors
 	$(NOX) -s lint
 
-bench:  ## ratios to references measured in the same run; writes bench.json (ENGINE=hf: that engine's rows)
-	$(NOX) -s bench -- $(if $(ENGINE),--engine $(ENGINE))
+bench:  ## ratios to references measured in the same run; writes bench.json (ENGINE=hf, PART=backends: their rows)
+	$(NOX) -s bench -- $(if $(ENGINE),--engine $(ENGINE)) $(if $(PART),--part $(PART))
 
 nox:  ## any session with any arguments: make nox ARGS="-s core -- -k chain"
 	$(NOX) $(ARGS)

@@ -18,7 +18,7 @@ import environments
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "bare", "core", "daemon", "hf"]
+nox.options.sessions = ["lint", "bare", "core", "daemon", "backends", "hf", "vllm"]
 
 TEST_VARIABLES = {
     # OpenMP threads that spin while they wait take the cores from each other on a small machine.
@@ -87,6 +87,12 @@ def daemon(session: nox.Session) -> None:
 
 
 @nox.session
+def backends(session: nox.Session) -> None:
+    """Storage backends on their real servers, which the tests start."""
+    run(session, "backends", *PYTEST, "tests/backends", *session.posargs, **TEST_VARIABLES)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Daemon and engines killed at random under load, for minutes; every load is compared with what was stored."""
     run(session, "core", "python", "tests/daemon/soak.py", *session.posargs, **TEST_VARIABLES)
@@ -102,7 +108,30 @@ def oldest(session: nox.Session) -> None:
 def hf(session: nox.Session) -> None:
     """Hugging Face Transformers with a small real model."""
     variables = {**TEST_VARIABLES, "LMCACHE_SDK_TEST_MODEL": model_directory(session)}
-    run(session, "hf", *PYTEST, "tests/hf", *session.posargs, **variables)
+    run(session, "hf", *PYTEST, "tests/hf", "tests/engines", "--engine", "hf", *session.posargs, **variables)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM's CPU build: its scheduler, its memory, and whole engines with a tiny model."""
+    variables = {**TEST_VARIABLES, "LMCACHE_SDK_TEST_MODEL": model_directory(session), "VLLM_NO_USAGE_STATS": "1"}
+    run(session, "vllm", *PYTEST, "tests/vllm", "tests/engines", "--engine", "vllm", *session.posargs, **variables)
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """SGLang on the CPU: its keys, its pools, and whole engines with a tiny model."""
+    run(
+        session,
+        "sglang",
+        *PYTEST,
+        "tests/sglang",
+        "tests/engines",
+        "--engine",
+        "sglang",
+        *session.posargs,
+        **TEST_VARIABLES,
+    )
 
 
 @nox.session
@@ -117,4 +146,7 @@ def bench(session: nox.Session) -> None:
     """Ratios to references that are measured in the same run."""
     # The benchmarks are not in the wheel: they are found in the current directory.
     variables = {key: value for key, value in TEST_VARIABLES.items() if key != "PYTHONSAFEPATH"}
-    run(session, "hf", "python", "-m", "benchmarks.run", "--out", "bench.json", *session.posargs, **variables)
+    environment = next((name for name in ("backends", "vllm") if name in session.posargs), "hf")
+    if environment == "vllm":
+        variables["LMCACHE_SDK_TEST_MODEL"] = model_directory(session)
+    run(session, environment, "python", "-m", "benchmarks.run", "--out", "bench.json", *session.posargs, **variables)

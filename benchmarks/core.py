@@ -166,5 +166,5 @@ def importing(repeats: int) -> Iterator[Row]:
 def rows(repeats: int = 9) -> Iterator[Row]:
     yield from importing(5)
     yield from hashing(4 * repeats)
-    yield from lookups(4 * repeats)
+    yield from lookups(20 * repeats)
     yield from lmdb_rows(3 * repeats)

@@ -115,7 +115,7 @@ class _Looker:
         self._number += 1
 
 
-def lookups(repeats: int = 60) -> Iterator[Row]:
+def lookups(repeats: int = 200) -> Iterator[Row]:
     """A 128k-token prompt that is all there, and one that is not."""
     prompt, other = tokens(0, LONG_PROMPT), tokens(1, LONG_PROMPT)
     data = prompt.tobytes()

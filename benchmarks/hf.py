@@ -19,6 +19,8 @@ import numpy as np
 from benchmarks.harness import Row, at_most, paired
 from lmcache_adapters.hf.demo import measure
 from lmcache_sdk.testing.harness import EngineHarness
+from tests.hf.slow_tier import measure as measure_slow_tier
+from tests.hf.slow_tier import model_of, stored
 
 DOCUMENT_TOKENS = 4096
 MISS_TOKENS = 512
@@ -86,7 +88,22 @@ def overhead(model: str, repeats: int = 25) -> Iterator[Row]:
     yield at_most(f"hf, {MISS_TOKENS} tokens, no hit, stored: time / without a cache", result, 0.0, **spread)
 
 
+def slow_tier(attempts: int = 5) -> Iterator[Row]:
+    """A tier of 20 MB/s, slower than computing and faster: what waiting for it costs at most, or saves."""
+    for what, kv_heads in (("slower", 8), ("faster", 1)):
+        with tempfile.TemporaryDirectory(prefix="lmcache-sdk-bench-") as folder:
+            model = model_of(Path(folder) / "model", kv_heads)
+            records = stored(model)
+            measured = [measure_slow_tier(model, records) for _ in range(attempts)]
+        for tier, at in (("of unknown speed", 0), ("of known speed", 1)):
+            ratios = [ratios[at] for ratios in measured]
+            ratio = statistics.median(ratios)
+            name = f"hf, TTFT with a tier {what} than computing, {tier} / recompute"
+            yield Row(name, ratio, 1.1, ratio <= 1.1, {"ratios": ratios, "loaded_tokens": [m[2] for m in measured]})
+
+
 def rows() -> Iterator[Row]:
     model = model_directory()
     yield from speedup(model)
     yield from overhead(model)
+    yield from slow_tier()

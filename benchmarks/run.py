@@ -1,4 +1,4 @@
-"""``make bench``: all rows that need no engine, or those of one engine."""
+"""``make bench``: all rows that need no engine and no server, or those of one engine, or of the storage backends."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import msgspec
 
 from benchmarks.harness import Row, table
 
-CORE = ("core", "kernels", "daemon")
-ENGINES = {"hf": ("hf",)}
+CORE = ("core", "kernels", "daemon", "tiers")
+ENGINES = {"hf": ("hf",), "vllm": ("vllm",)}
+PARTS = {"backends": ("file", "redis", "s3", "mooncake")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="where the rows go")
     parser.add_argument("--engine", choices=sorted(ENGINES), help="rows of this engine instead")
+    parser.add_argument("--part", choices=sorted(PARTS), help="rows of this part instead")
     options = parser.parse_args()
     started = time.perf_counter()
     rows: list[Row] = []
-    for name in ENGINES[options.engine] if options.engine else CORE:
+    names = ENGINES[options.engine] if options.engine else PARTS[options.part] if options.part else CORE
+    for name in names:
         for row in importlib.import_module(f"benchmarks.{name}").rows():
             rows.append(row)
             print(table([row]), file=sys.stderr, flush=True)

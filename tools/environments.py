@@ -33,6 +33,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import debian
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILDER_VERSION = 1
 STAMP = "complete.json"
@@ -41,11 +44,27 @@ LAYER_LIFETIME_S = 7 * 24 * 3600
 
 @dataclass(frozen=True)
 class Environment:
-    """`requirements` are files of requirements/, installed together; `torch` is one that goes before them."""
+    """`requirements` are files of requirements/, installed together; `torch` is one that goes before them; `packages`
+    are Debian's, to be unpacked beside them: groups of names that are of use only together.
+
+    `pinned` is a file that is installed as it stands, without asking its packages what else they want; `alias` is the
+    name and version under which one of them is looked for, too.
+    """
 
     requirements: tuple[str, ...]
     torch: str | None = None
+    packages: tuple[str, ...] = ()
+    pinned: str | None = None
+    alias: tuple[str, str] | None = None
     project: bool = True
+
+
+# The servers that the storage backends are tried on, and what mooncake's programs link to.
+SERVERS = (
+    "redis-server redis-tools",
+    "valkey-server valkey-tools",
+    "libibverbs1 librdmacm1 libnuma1 libcurl4",
+)
 
 
 ENVIRONMENTS = {
@@ -54,7 +73,11 @@ ENVIRONMENTS = {
     "bare": Environment(("runtime",)),
     "core": Environment(("runtime", "test")),
     "oldest": Environment(("oldest", "test")),
+    "backends": Environment(("runtime", "test", "backends"), packages=SERVERS),
     "hf": Environment(("runtime", "test", "hf"), torch="torch"),
+    # `vllm serve` asks for its own version by the name of the CUDA build; "cpu" in it is how vLLM knows where it runs.
+    "vllm": Environment(("test",), torch="torch", pinned="vllm", alias=("vllm", "0.32.0+cpu")),
+    "sglang": Environment(("test",), torch="torch", pinned="sglang"),
 }
 
 
@@ -131,6 +154,10 @@ def facts_of(name: str) -> dict[str, object]:
     }
     if environment.torch:
         facts["torch"] = [torch_build(), *requirement_lines(environment.torch)]
+    if environment.pinned:
+        facts["pinned"] = [*requirement_lines(environment.pinned), environment.alias]
+    if environment.packages:
+        facts["packages"] = [*debian.release(), *environment.packages]
     return facts
 
 
@@ -166,8 +193,32 @@ def make_environment(name: str, folder: Path) -> None:
         install_torch(folder, environment.torch)
     files = (f"--requirement={ROOT}/requirements/{file}.txt" for file in environment.requirements)
     pip(folder, "install", *files)
-    pip(folder, "check")
+    if environment.pinned:
+        pip(folder, "install", "--no-deps", f"--requirement={ROOT}/requirements/{environment.pinned}.txt")
+    else:
+        pip(folder, "check")
+    if environment.alias:
+        add_alias(folder, *environment.alias)
+    if environment.packages:
+        unpack(environment.packages, folder / "debian")
     say(f"built environment {name} in {time.monotonic() - started:.0f} s")
+
+
+def add_alias(folder: Path, name: str, version: str) -> None:
+    """Makes the metadata of a package findable by another name."""
+    (library,) = folder.glob("lib/python*/site-packages")
+    stub = library / f"{name}-{version}.dist-info"
+    stub.mkdir()
+    (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def unpack(packages: tuple[str, ...], folder: Path) -> None:
+    """Unpacks Debian packages; says which this system does not have, since what needs them is then left out."""
+    try:
+        for line in debian.unpack(packages, folder):
+            say(f"NOTE: {line}")
+    except debian.DebianError as error:
+        raise BuildError(f"Debian packages for tests on real servers cannot be had now: {error}") from error
 
 
 def install_torch(folder: Path, file: str) -> None:
@@ -233,6 +284,7 @@ def make_layer(environment: Path, tools: Path, wheel: Path, folder: Path) -> Non
     check_call([str(python_in(environment)), "-m", "venv", "--without-pip", str(folder)])
     packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     (folder / packages / "environment.pth").write_text(f"{environment / packages}\n")
+    (folder / "environment").symlink_to(environment)
     pip(tools, "install", "--no-deps", "--no-index", str(wheel), python=python_in(folder))
 
 
@@ -247,8 +299,14 @@ def drop_old_layers(layers: Path) -> None:
 
 def environ(folder: Path) -> dict[str, str]:
     """The process environment for commands that run in `folder`, as an activated venv would have it."""
-    path = os.pathsep.join([str(folder / "bin"), os.environ.get("PATH", os.defpath)])
-    return clean_environ() | {"PATH": path, "VIRTUAL_ENV": str(folder)}
+    below = folder / "environment" if (folder / "environment").exists() else folder
+    found = debian.search_paths(below / "debian")
+    found["PATH"] = [*(str(place / "bin") for place in dict.fromkeys((folder, below))), *found["PATH"]]
+    variables = clean_environ() | {"VIRTUAL_ENV": str(folder)}
+    for name, places in found.items():
+        if value := os.pathsep.join([*places, *filter(None, [variables.get(name)])]):
+            variables[name] = value
+    return variables
 
 
 def program(folder: Path, name: str) -> str:
@@ -279,7 +337,7 @@ def main() -> int:
         if arguments.command == "list":
             for name in ENVIRONMENTS:
                 folder = folder_of(name)
-                print(f"{name:8}{'built' if (folder / STAMP).exists() else 'missing':9}{folder}")
+                print(f"{name:9}{'built' if (folder / STAMP).exists() else 'missing':9}{folder}")
         elif arguments.command == "build":
             for name in arguments.names:
                 build(name)

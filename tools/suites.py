@@ -37,8 +37,11 @@ SUITES = {
     "bare": Suite("bare", 15, pytest=False),
     "core": Suite("core", 240),
     "daemon": Suite("core", 240),
+    "backends": Suite("backends", 360),
     "oldest": Suite("oldest", 240),
-    "hf": Suite("hf", 120, prepare=("model",)),
+    "hf": Suite("hf", 180, prepare=("model",)),
+    "vllm": Suite("vllm", 480, prepare=("model",)),
+    "sglang": Suite("sglang", 540),
 }
 CLOSING_LINE = re.compile(r"=+ (.* in \d[\d.]*s.*?) =+$")
 
@@ -77,13 +80,13 @@ def run(name: str, full: bool) -> Result:
 
 
 def report(results: list[Result], full: bool) -> None:
-    print("\nsuite   seconds  budget  verdict")
+    print("\nsuite     seconds  budget  verdict")
     for result in results:
         budget = SUITES[result.name].budget_s
         over = result.seconds > budget and not full
         verdict = ("ok" if result.passed else "FAILED") + (", OVER BUDGET" if over else "")
         shown = "-" if full else str(budget)
-        line = f"{result.name:7} {result.seconds:7.1f}  {shown:>6}  {verdict:15} {result.closing_line}"
+        line = f"{result.name:9} {result.seconds:7.1f}  {shown:>6}  {verdict:15} {result.closing_line}"
         print(line.rstrip())
 
 
