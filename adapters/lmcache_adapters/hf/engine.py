@@ -34,6 +34,8 @@ class Engine:
 
     def hello(self) -> Answer:
         """The first line."""
+        import msgspec
+
         model = self._runner.model
         return {
             "event": "ready",
@@ -42,6 +44,7 @@ class Engine:
             "producer": model.producer.id,
             "chunk_tokens": model.namespace.spec.chunk_tokens,
             "context_tokens": self._runner.context_tokens,
+            "identity": msgspec.to_builtins([model.namespace, model.producer]),
         }
 
     def serve(self, requests: Iterable[str], answer: Callable[[Answer], None]) -> None:

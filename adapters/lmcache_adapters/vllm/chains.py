@@ -1,0 +1,36 @@
+"""A vLLM request's chain of digests: its tokens, and all else that its KV depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmcache_adapters.vllm.identity import lora_key
+from lmcache_sdk.keys import Chain, Overlay
+from lmcache_sdk.observe.logs import logger
+
+_log = logger("vllm")
+
+
+def chain_of(request: Any, chunk_tokens: int, tenant: str = "") -> Chain | None:
+    """The chain of all tokens that a request has so far; None if its KV cannot be named, and so not be kept."""
+    if getattr(request, "prompt_embeds", None) is not None:
+        return None  # there are no token ids that would tell one prompt from another
+    try:
+        lora = getattr(request, "lora_request", None)
+        return Chain(
+            list(request.all_token_ids),
+            chunk_tokens,
+            cache_salt=request.cache_salt,
+            extra_key=None if lora is None else lora_key(lora.lora_path),
+            tenant=tenant,
+            overlays=[_overlay(feature) for feature in request.mm_features or ()],
+        )
+    except Exception as error:  # noqa: BLE001 - this is vLLM's scheduler, where nothing may raise
+        _log.warning("a request is served without the cache: %s", error)
+        return None
+
+
+def _overlay(feature: Any) -> Overlay:
+    """An image or the like, by the identifier that vLLM's own prefix cache goes by."""
+    place = feature.mm_position
+    return Overlay(place.offset, place.offset + place.length, f"{feature.modality}:{feature.identifier}")

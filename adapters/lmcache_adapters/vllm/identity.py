@@ -1,0 +1,190 @@
+"""What an engine's KV is to the cache: namespace, producer, the part of a rank; and what is refused, by name."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lmcache_adapters.vllm.settings import Settings
+from lmcache_sdk.errors import ConfigError, UnsupportedError
+from lmcache_sdk.observe.logs import logger
+from lmcache_sdk.spec import (
+    WHOLE,
+    CellGrid,
+    Group,
+    GroupKind,
+    Namespace,
+    Part,
+    Producer,
+    canonical_json,
+    namespace_of,
+    weights_fingerprint,
+)
+
+_log = logger("vllm")
+
+_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
+# Their rotation depends on the longest context that the engine was started for.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def refuse_unserved_engine(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raise UnsupportedError for a way of running that is not served."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    for name, meaning in (
+        ("pipeline_parallel_size", "pipeline parallelism"),
+        ("decode_context_parallel_size", "KV that is sharded by tokens"),
+        ("prefill_context_parallel_size", "KV that is sharded by tokens"),
+        ("nnodes", "an engine over several nodes"),
+    ):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedError(f"{meaning} is not served ({name}={getattr(parallel, name)}); use 1")
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        raise UnsupportedError("speculative decoding is not served; leave out speculative_config")
+    if not cache.enable_prefix_caching:
+        # It does so for models that it cannot compute behind a prefix; loaded ones would then give wrong replies.
+        raise UnsupportedError(
+            "vLLM's prefix caching is off (enable_prefix_caching=False); if that was your choice take it back, "
+            "else vLLM cannot continue prefixes of this model here (MLA on CPU, for one)"
+        )
+    if cache.cache_dtype not in _KV_DTYPES:
+        raise UnsupportedError(f"KV of dtype {cache.cache_dtype!r} is not served; use kv_cache_dtype=auto")
+    if vllm_config.load_config.load_format == "dummy":
+        raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
+    groups = kv_cache_config.kv_cache_groups
+    specs = [type(group.kv_cache_spec).__name__ for group in groups]
+    if len(groups) != 1 or specs[0] not in _SPECS:
+        raise UnsupportedError(f"KV cache groups {', '.join(specs)}: served is one group of {' or '.join(_SPECS)}")
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(groups[0].kv_cache_spec, name, None) is not None:
+            raise UnsupportedError(f"layers with {name}={getattr(groups[0].kv_cache_spec, name)} are not served")
+
+
+def namespace_and_producer(vllm_config: Any, settings: Settings) -> tuple[Namespace, Producer]:
+    """The same in the scheduler's process and in every worker's.
+
+    Raises:
+        ConfigError, UnsupportedError: see :func:`lmcache_sdk.spec.namespace_of`.
+    """
+    model = vllm_config.model_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    directory = _weights_directory(model, vllm_config.load_config)
+    namespace = namespace_of(
+        model.hf_config.to_dict(),
+        fingerprint=weights_fingerprint(directory),
+        dtype=dtype if cache_dtype == "auto" else cache_dtype,
+        chunk_tokens=settings.config.chunk_tokens,
+        grid=settings.grid,
+        label=str(model.model),
+        source=str(directory),
+    )
+    ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+    return _with_grid_of(namespace, ranks), _producer(vllm_config, dtype)
+
+
+def part_of(group: Group, ranks: int, rank: int) -> Part:
+    """What a tensor-parallel rank holds; where there are more ranks than heads, several hold the same."""
+    if ranks == 1 or group.kind == GroupKind.LATENT:
+        return WHOLE
+    if ranks > group.heads:
+        head = rank * group.heads // ranks
+        return Part(heads=(head, head + 1))
+    count = group.heads // ranks
+    return Part(heads=(rank * count, (rank + 1) * count))
+
+
+def _with_grid_of(namespace: Namespace, ranks: int) -> Namespace:
+    """Where nobody has chosen a grid, a cell is one rank's shard; said once, since others then do not share."""
+    spec = namespace.spec
+    group = spec.groups[0]
+    if ranks == 1 or spec.grid.heads_per_cell or group.kind == GroupKind.LATENT:
+        return namespace
+    heads = max(1, group.heads // ranks)
+    _log.warning(
+        "cells of %d KV heads, the shard of tensor parallelism %d: engines of another size do not share this cache; "
+        "set heads_per_cell (1 shares with all) for the whole fleet if they should",
+        heads,
+        ranks,
+    )
+    import msgspec
+
+    grid = CellGrid(spec.grid.layers_per_cell, heads)
+    return msgspec.structs.replace(namespace, spec=msgspec.structs.replace(spec, grid=grid))
+
+
+def _producer(vllm_config: Any, dtype: str) -> Producer:
+    """All that decides the engine's arithmetic, as far as both processes know it."""
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    facts = [vllm.__version__, f"torch{torch.__version__}", dtype]
+    if current_platform.device_type == "cpu":
+        facts += [torch.backends.cpu.get_cpu_capability(), *(["AMX"] if torch.cpu._is_amx_tile_supported() else [])]
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    if backend is not None:
+        facts.append(str(getattr(backend, "name", backend)))
+    if model.quantization:
+        facts.append(str(model.quantization))
+    if getattr(model, "hf_overrides", None):
+        facts.append(f"overrides-{_digest(repr(model.hf_overrides))}")
+    rope = model.hf_text_config.to_dict()
+    rope = rope.get("rope_parameters") or rope.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in _LENGTH_DEPENDENT_ROPE:
+        facts.append(f"len{model.max_model_len}")
+    kind = "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
+    return Producer("vllm", "-".join(facts), kind)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _weights_directory(model: Any, load: Any) -> Path:
+    """Where the weights are; those of a hub id have been downloaded by now."""
+    path = Path(model.model)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise UnsupportedError(f"{path} is a single file; the cache needs a model directory with config.json")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(model.model), revision=model.revision, cache_dir=load.download_dir, local_files_only=True
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the weights of {model.model!r} are not on this machine: {error}") from error
+
+
+def lora_key(path: str) -> str:
+    """What a LoRA adapter adds to the keys of its requests: a digest of its files, whatever it is called.
+
+    All of it is read, once for each version of the files: a few hundred megabytes at most, when vLLM reads them too.
+
+    Raises:
+        ConfigError: no such directory, or no adapter in it.
+    """
+    files = sorted(Path(path).glob("adapter_*"))
+    if not files:
+        raise ConfigError(f"{path} is not a directory with a LoRA adapter")
+    stats = [(str(file), file.stat()) for file in files]
+    return _lora_key(tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+@lru_cache(maxsize=256)
+def _lora_key(files: tuple[tuple[str, int, int, int], ...]) -> str:
+    sha = hashlib.sha256()
+    for name, _, size, _ in files:
+        sha.update(canonical_json([Path(name).name, size]))
+        with Path(name).open("rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+    return f"lora:{sha.hexdigest()[:32]}"

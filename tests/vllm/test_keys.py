@@ -1,0 +1,208 @@
+"""What enters a request's keys, and what a deployment is to the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from lmcache_adapters.vllm.chains import chain_of
+from lmcache_adapters.vllm.identity import lora_key, part_of
+from lmcache_adapters.vllm.settings import Wishes, on_error, read_settings, read_wishes
+from lmcache_sdk import Chain, ConfigError, LayoutError, UnsupportedError
+from lmcache_sdk.spec import WHOLE, Group, GroupKind, Part
+from tests.core.served import Served
+from tests.vllm.pretend import PretendEngine, until
+
+IDS = list(range(10, 210))
+
+
+def request(**changes: Any) -> Any:
+    facts = {"all_token_ids": IDS, "cache_salt": None, "lora_request": None, "mm_features": [], "prompt_embeds": None}
+    return SimpleNamespace(**{**facts, **changes})
+
+
+def digests(**changes: Any) -> list[bytes]:
+    chain = chain_of(request(**changes), 64)
+    assert chain is not None
+    return chain.digests()
+
+
+def adapter(folder: Path, content: bytes) -> LoRARequest:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return LoRARequest(folder.name, 1, str(folder))
+
+
+def test_a_plain_request_has_the_keys_of_its_tokens() -> None:
+    assert digests() == Chain(IDS, 64).digests()
+    assert digests(cache_salt="s") == Chain(IDS, 64, cache_salt="s").digests()
+
+
+def test_a_lora_adapter_is_its_files(tmp_path: Path) -> None:
+    one, same, other = (adapter(tmp_path / name, content) for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")))
+    assert digests(lora_request=one) == digests(lora_request=same)
+    assert len({digests(lora_request=lora)[0] for lora in (None, one, other)}) == 3
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+    assert lora_key(str(tmp_path / "a")) != lora_key(str(tmp_path / "b"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        lora_key(str(tmp_path / "nowhere"))
+
+
+def test_an_image_enters_the_chunks_that_it_overlaps() -> None:
+    def image(identifier: str) -> MultiModalFeatureSpec:
+        return MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(offset=70, length=20))
+
+    plain, cat, dog = digests(), digests(mm_features=[image("cat")]), digests(mm_features=[image("dog")])
+    assert plain[0] == cat[0] == dog[0]
+    assert len({plain[1], cat[1], dog[1]}) == len({plain[2], cat[2], dog[2]}) == 3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt_embeds": object()}, {"lora_request": LoRARequest("x", 1, "/no/such/adapter")}]
+)
+def test_what_cannot_be_named_is_not_kept(changes: dict[str, Any]) -> None:
+    assert chain_of(request(**changes), 64) is None
+
+
+def test_wishes() -> None:
+    assert read_wishes(None) == read_wishes({"do_remote_decode": True}) == Wishes()
+    assert read_wishes({"no_load": True, "pin": 5, "tenant": "t"}) == Wishes(load=False, pin_s=5.0, tenant="t")
+    odd = {"no_store": "yes", "no_load": 1, "pin": float("nan"), "tenant": None}
+    assert read_wishes(odd) == Wishes(load=False, store=False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"uri": "memory://"}, "unknown setting 'uri'"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+        ({"pool_bytes": "much"}, "'much' is not a size"),
+    ],
+)
+def test_wrong_settings_are_named(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings(extra)
+
+
+def test_settings() -> None:
+    assert on_error({}) == "degrade"
+    with pytest.raises(ConfigError, match="degrade or refuse, got 'panic'"):
+        on_error({"on_error": "panic"})
+    assert read_settings({"url": "lmdb:///kv", "on_error": "refuse"}).has_own_daemon
+    assert not read_settings({}).has_own_daemon
+
+
+def test_parts_of_ranks() -> None:
+    full, latent = (
+        Group("full", GroupKind.FULL, (0,), 4, 8, "bfloat16"),
+        Group("latent", GroupKind.LATENT, (0,), 1, 8, "bfloat16"),
+    )
+    assert part_of(full, 1, 0) == part_of(latent, 8, 3) == WHOLE
+    assert [part_of(full, 2, rank) for rank in range(2)] == [Part(heads=(0, 2)), Part(heads=(2, 4))]
+    assert [part_of(full, 8, rank).heads[0] for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.fixture
+def start(tiny_directory: Path, shared_daemon: Served) -> Iterator[Any]:
+    engines = []
+
+    def begin(**options: Any) -> PretendEngine:
+        options.setdefault("model", tiny_directory)
+        options.setdefault("url", shared_daemon.url)
+        engines.append(PretendEngine(**options))
+        return engines[-1]
+
+    yield begin
+    for engine in engines:
+        engine.close()
+
+
+def _set(path: str, value: Any) -> Any:
+    *owners, name = path.split(".")
+
+    def change(config: Any) -> None:
+        owner = config
+        for step in owners:
+            owner = getattr(owner, step)
+        object.__setattr__(owner, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism is not served"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size=2"),
+        ("parallel_config.nnodes", 2, "several nodes"),
+        ("speculative_config", SimpleNamespace(), "speculative decoding is not served"),
+        ("cache_config.enable_prefix_caching", False, "vLLM's prefix caching is off"),
+        ("cache_config.cache_dtype", "fp8", "KV of dtype 'fp8'"),
+        ("load_config.load_format", "dummy", "random weights have no identity"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(start: Any, path: str, value: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        start(change=_set(path, value))
+
+
+def test_a_model_with_other_layers_is_refused(start: Any, tiny_directory: Path, tmp_path: Path) -> None:
+    for file in tiny_directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_chunk_size": 128}))
+    with pytest.raises(UnsupportedError, match="chunked attention"):
+        start(model=tmp_path)
+
+
+def test_memory_of_another_form_is_refused_with_its_shape(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.vllm.pretend._get_attn_isa", lambda *_: "amx")
+    with pytest.raises(LayoutError, match="kernels 'amx' pack a block in a way that is not described"):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("extra", "error"),
+    [
+        ({"url": "unix://relative"}, ConfigError),
+        ({"url": "nothing://here"}, ConfigError),
+        ({"colour": "red"}, ConfigError),
+        ({"heads_per_cell": 3, "ranks": 2}, ConfigError),
+    ],
+)
+def test_on_error_refuses_or_degrades(
+    start: Any, extra: dict[str, Any], error: type[Exception], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(error):
+        start(**extra)
+    engine = start(**extra, on_error="degrade")
+    assert "vLLM serves WITHOUT the cache" in capfd.readouterr().err
+    assert engine.run("a", IDS) == 0
+    assert str(engine.finished["a"]) == "length"
+    engine.settle()
+
+
+def test_a_worker_that_cannot_be_served_ends_the_cache_for_all(
+    start: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tests.vllm.pretend._get_attn_isa", lambda *_: "amx")
+    engine = start(on_error="degrade")
+    assert "a worker cannot use it: LayoutError" in capfd.readouterr().err
+    assert engine.connector._scheduler is None
+
+
+def test_a_store_url_gets_a_daemon_of_the_engines_own(start: Any, tmp_path: Path) -> None:
+    engine = start(url=f"lmdb://{tmp_path}/kv?size=64MiB", pool_bytes="16MiB")
+    until(lambda: engine.ranks[0].connector._worker_cache.connected)  # it was there before the daemon
+    engine.run("cold", IDS)
+    engine.flush()
+    assert engine.run("warm", IDS) == 192

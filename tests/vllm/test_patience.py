@@ -1,0 +1,132 @@
+"""How long a request is told to ask again, before it computes instead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcache_adapters.vllm.scheduler import Scheduler
+from lmcache_sdk.api import Lookup, LookupState
+from lmcache_sdk.patience import FIRST_WAIT_S, SLACK
+from lmcache_sdk.spec import Group, GroupKind, KVSpec, Namespace, Producer
+
+TOKENS = 1001
+
+
+class SlowCache:
+    """A cache whose tier takes ``seconds`` by the clock, and is believed to take ``eta_s``."""
+
+    def __init__(self, seconds: float, eta_s: float | None = None) -> None:
+        group = Group("full", GroupKind.FULL, (0,), 1, 8, "bfloat16")
+        self.namespace, self.producer = Namespace("f", KVSpec((group,))), Producer("vllm", "0", "cpu")
+        self.now, self.seconds, self.eta_s = 0.0, seconds, eta_s
+        self.asked = self.forgotten = 0
+
+    def lookup(self, rid: str, chain: Any, **_: Any) -> Lookup:
+        self.asked += 1
+        if self.now >= self.seconds:
+            return Lookup(LookupState.READY, range(1, 16))
+        eta_s = None if self.eta_s is None else max(0.0, self.eta_s - self.now)
+        return Lookup(LookupState.PENDING, found=15, missing=10, eta_s=eta_s)
+
+    def wait(self, rid: str, timeout_s: float, *, settle: bool) -> Lookup:
+        assert (timeout_s, settle) == (0.0, True)
+        return Lookup(LookupState.READY, range(1, 6))  # what was in the pool already
+
+    def forget(self, rid: str) -> None:
+        self.forgotten += 1
+
+
+def request() -> Any:
+    return SimpleNamespace(
+        request_id="r",
+        num_tokens=TOKENS,
+        all_token_ids=list(range(TOKENS)),
+        cache_salt=None,
+        lora_request=None,
+        mm_features=[],
+        prompt_embeds=None,
+        kv_transfer_params=None,
+    )
+
+
+def ask(cache: SlowCache, computing_s: float | None = None, computed: int = 0) -> tuple[float, int]:
+    """Until there is an answer: how long it took, and how many tokens it names."""
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    if computing_s is not None:
+        scheduler.speed.add(0, 640, computing_s)  # the ten chunks that are missing
+    asking = request()
+    while (answer := scheduler.matched(asking, computed))[0] is None:
+        assert answer == (None, False)
+        cache.now += 0.001
+        assert cache.now < 60
+    return cache.now, answer[0]
+
+
+def test_what_comes_soon_is_waited_for() -> None:
+    assert ask(SlowCache(0.2, 0.2), computing_s=2.0) == (pytest.approx(0.2, abs=0.01), 960)
+
+
+def test_an_engine_that_has_computed_nothing_yet_has_some_patience() -> None:
+    waited, tokens = ask(SlowCache(100.0))
+    assert (waited, tokens) == (pytest.approx(FIRST_WAIT_S, abs=0.01), 320)
+    assert ask(SlowCache(1.0)) == (pytest.approx(1.0, abs=0.01), 960)
+
+
+def test_what_is_sooner_computed_is_not_waited_for() -> None:
+    assert ask(SlowCache(10.0, 10.0), computing_s=2.0) == (0.0, 320)
+
+
+def test_a_tier_that_is_slower_than_it_says_is_given_up() -> None:
+    waited, tokens = ask(SlowCache(100.0, 0.5), computing_s=10.0)
+    assert tokens == 320
+    assert waited <= 0.5 + 2 * SLACK * 10.0
+
+
+def test_while_nothing_is_known_little_is_waited() -> None:
+    waited, tokens = ask(SlowCache(100.0), computing_s=10.0)
+    assert (waited, tokens) == (pytest.approx(SLACK * 10.0, abs=0.1), 320)
+
+
+def test_a_cache_is_not_asked_more_often_than_makes_sense() -> None:
+    cache = SlowCache(0.5)
+    ask(cache)
+    assert cache.asked <= 0.5 / 0.003 + 2
+
+
+def test_what_vllm_has_itself_is_not_waited_for() -> None:
+    cache = SlowCache(100.0)
+    assert ask(cache, computed=992) == (0.0, 0)
+    assert cache.asked == 0
+
+
+def test_the_hold_of_a_lookup_that_is_not_used_is_given_back() -> None:
+    cache = SlowCache(0.0)
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    asking = request()
+    assert scheduler.matched(asking, 960) == (0, False)
+    scheduler.allocated(asking, [1, 2, 3], 0)
+    assert cache.forgotten == 1
+    assert scheduler.matched(asking, 0) == (960, True)
+    asking.num_computed_tokens = 0
+    assert scheduler.finished(asking, []) is False
+    assert cache.forgotten == 2
+
+
+def test_a_cache_that_raises_is_a_miss_and_vllm_goes_on() -> None:
+    class Raising(SlowCache):
+        def lookup(self, rid: str, chain: Any, **_: Any) -> Lookup:
+            raise RuntimeError("no")
+
+        forget = clear = lookup
+
+    cache = Raising(0.0)
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    asking = request()
+    assert scheduler.matched(asking, 0) == (0, False)
+    scheduler.allocated(asking, [1, 2, 3], 0)
+    asking.num_computed_tokens = 0
+    assert scheduler.finished(asking, []) is False
+    assert scheduler.reset() is False
