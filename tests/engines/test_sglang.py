@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,8 +11,33 @@ import pytest
 
 from lmcache_sdk.testing.engines import EngineTests, Start
 from lmcache_sdk.testing.harness import EngineHarness
-from tests.engines.test_matrix import daemon, model  # noqa: F401 - fixtures
+from tests.daemon.daemon_process import until
+from tests.engines.test_matrix import ServedWithTier, model  # noqa: F401 - a fixture
 from tests.sglang.process import engine
+
+
+class Awaited(ServedWithTier):
+    """Started again, it waits for its clients: SGLang's scheduler has one that the harness cannot ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clients = 0
+
+    def start(self, *arguments: object, pool: str = "96MiB", **variables: str) -> None:
+        super().start(*arguments, pool=pool, **variables)
+        until(lambda: len(self.status()["clients"]) >= self.clients, 20.0, "that all clients are back")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.clients = len(self.status()["clients"])
+        return super().stop(number)
+
+
+@pytest.fixture(scope="class")
+def daemon() -> Iterator[ServedWithTier]:
+    served = Awaited()
+    served.start()
+    yield served
+    served.close()
 
 
 class TestSGLangHiCache(EngineTests):
