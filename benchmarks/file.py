@@ -18,7 +18,7 @@ BATCH = 64 * MIB
 
 def loading(record: int, repeats: int) -> Row:
     count = BATCH // record
-    source, target = memoryview(buffer(BATCH, seed=1)), memoryview(buffer(BATCH))  # type: ignore[arg-type]
+    source, target = memoryview(buffer(BATCH, seed=1)), memoryview(buffer(BATCH))
     keys = [f"bench/{'0' * 64}/{i}" for i in range(count)]
     buffers = [target[i * record : (i + 1) * record] for i in range(count)]
     with tempfile.TemporaryDirectory(prefix="lmcache-sdk-bench-") as folder:

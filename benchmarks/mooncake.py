@@ -26,12 +26,11 @@ def moving(master: MooncakeMaster, record: int, repeats: int) -> Iterator[Row]:
     source, target = buffer(BATCH, seed=1), buffer(BATCH)
     for memory in (source, target):
         assert bare.register_buffer(memory.ctypes.data, BATCH) == 0
-        backend.register_memory(memoryview(memory))  # type: ignore[arg-type]
+        backend.register_memory(memoryview(memory))
     sizes = [record] * count
     addresses = {id(memory): [memory.ctypes.data + i * record for i in range(count)] for memory in (source, target)}
     sources, targets = (
-        [memoryview(memory)[i * record : (i + 1) * record] for i in range(count)]  # type: ignore[arg-type]
-        for memory in (source, target)
+        [memoryview(memory)[i * record : (i + 1) * record] for i in range(count)] for memory in (source, target)
     )
     numbers = itertools.count()
     kept = [f"kept/{i}" for i in range(count)]

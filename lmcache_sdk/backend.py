@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from lmcache_sdk.config import hide_secrets
+from lmcache_sdk.config import hide_secrets, parse_seconds
 from lmcache_sdk.errors import ConfigError
 
 ENTRY_POINTS = "lmcache_sdk.backends"
@@ -203,6 +203,17 @@ class Url:
         """The value of a parameter, which is thereby known."""
         self._known.append(name)
         return self._parameters.pop(name, default)
+
+    def take_seconds(self, name: str, default: str, *, least: float = 0.0, most: float = 1e9) -> float:
+        """The value of a parameter that is a duration, like ``30s``. Raises ConfigError: none, or out of bounds."""
+        text = self.take(name, default)
+        try:
+            seconds = parse_seconds(text)
+        except ConfigError as error:
+            raise ConfigError(f"{name}={text!r}: {error}") from None
+        if not least <= seconds <= most:
+            raise ConfigError(f"{name} must be from {least:g}s to {most:g}s, got {text!r}")
+        return seconds
 
     def finish(self) -> None:
         """Raise ConfigError if a parameter was not taken: a misspelt one must not be ignored."""

@@ -23,6 +23,8 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
 
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
 
 def parse_size(text: str | int) -> int:
     """Bytes of ``20GiB``, ``512M`` (binary), ``30GB`` (decimal) or a plain number.
@@ -37,6 +39,18 @@ def parse_size(text: str | int) -> int:
     if size < 1:
         raise ConfigError(f"a size must be positive, got {text!r}")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of ``30s``, ``200ms``, ``10m``, ``2h``, ``7d`` or a plain number.
+
+    Raises:
+        ConfigError: it is no duration.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
+    if match is None or match[2] not in _SECONDS:
+        raise ConfigError(f"{text!r} is not a duration; write it like 30s, 200ms, 10m, 2h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_size(nbytes: float) -> str:

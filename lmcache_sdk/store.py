@@ -168,7 +168,7 @@ class Store:
                 size=tier.size,
                 ttl_s=tier.ttl_s,
                 keep=self._has,
-                on_error=lambda error, index=index: self._tier_error(index, error),  # type: ignore[misc]
+                on_error=partial(self._tier_error, index),
             )
             for index, tier in enumerate(tiers)
             if tier.size or tier.ttl_s
@@ -690,10 +690,14 @@ class Store:
     def _touch_tiers(self, entries: Sequence[Entry]) -> None:
         """A hit in the pool is a use for the tiers as well; else they evict what is used most."""
         opened = self._spaces[entries[0].space]
+
+        def touch(backend: Backend) -> None:
+            if isinstance(backend, Touch):
+                backend.touch(self._jobs.keys_to_root(opened, entries[-1]))
+
         for index, tier in enumerate(self.tiers):
             if isinstance(tier.backend, Touch) and self._writers[index].waiting < _TOUCHES:
-                touch = tier.backend.touch
-                self._write_task(index, lambda _, touch=touch: touch(self._jobs.keys_to_root(opened, entries[-1])))  # type: ignore[misc]
+                self._write_task(index, touch)
 
     def _delete_records(self, action: DeleteRecords) -> None:
         with self._lock:
@@ -743,7 +747,7 @@ class Store:
             with self._lock:
                 self._busy.clear()
             now = time.monotonic()
-            self._event(lambda now=now: self._core.tick(now))  # type: ignore[misc]
+            self._event(partial(self._core.tick, now))
             for usage in self._usage:
                 usage.refresh(now)
                 if usage.stale:

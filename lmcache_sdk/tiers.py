@@ -16,14 +16,13 @@ from urllib.parse import unquote
 
 from lmcache_sdk.backend import RangeGet, Scan, Url, open_backend
 from lmcache_sdk.codecs import RawCodec, codec_by_name
-from lmcache_sdk.config import parse_size
+from lmcache_sdk.config import parse_seconds, parse_size
 from lmcache_sdk.core.rules import Admit, TierRules, Write
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.jobs import Tier
 from lmcache_sdk.wrappers import wrapping
 
 WRAPPERS = ("prefix", "encrypt_key_file", "encrypt_key_env")
-_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,6 @@ def _count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def parse_seconds(text: str) -> float:
-    """Seconds of ``30s``, ``200ms``, ``10m``, ``2h``, ``7d`` or a plain number. Raises ConfigError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text)
-    if match is None or match[2] not in _SECONDS:
-        raise ConfigError(f"{text!r} is not a duration; write it like 30s, 200ms, 10m, 2h or 7d")
-    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _positive_seconds(text: str) -> float:

@@ -311,7 +311,7 @@ def _check_key(key: bytes) -> None:
     if len(key) != _KEY_BYTES:
         raise ConfigError(f"a key for encryption has {_KEY_BYTES} bytes, this one {len(key)}")
     try:
-        import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401
+        import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - only whether it loads
     except ImportError as error:
         raise ConfigError(
             "encryption needs the package 'cryptography': pip install 'lmcache-sdk[encryption]'"

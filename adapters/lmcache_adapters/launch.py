@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,20 +40,11 @@ def launch_args(
 def sglang_flags(url: str, threshold: int) -> tuple[list[str], list[str]]:
     """(flags, what is to be known) for SGLang's hierarchical cache."""
     chunk_tokens = load_config().chunk_tokens
-    extra = {
-        "backend_name": "lmcache-sdk",
-        "module_path": "lmcache_adapters.sglang",
-        "class_name": "HiCacheBackend",
-        "interface_v1": 1,
-        "hicache_storage_pass_prefix_keys": True,
-        "prefetch_threshold": threshold,
-        "url": url,
-    }
     flags = ["--page-size", str(chunk_tokens), "--enable-hierarchical-cache"]
     flags += ["--hicache-mem-layout", "page_first_direct", "--hicache-io-backend", "direct"]
     flags += ["--hicache-write-policy", "write_through", "--hicache-storage-backend", "dynamic"]
     flags += ["--hicache-storage-prefetch-policy", "timeout"]
-    flags += ["--hicache-storage-backend-extra-config", json.dumps(extra)]
+    flags += ["--hicache-storage-backend-extra-config", json.dumps(sglang_extra(url, threshold))]
     notes = [
         f"a page is a chunk: all who share this cache need --page-size or chunk_tokens {chunk_tokens}",
         f"SGLang reads no prefix shorter than prefetch_threshold, {threshold} tokens here; its own default is 256",
@@ -65,14 +56,31 @@ def sglang_flags(url: str, threshold: int) -> tuple[list[str], list[str]]:
 
 def vllm_flags(url: str) -> tuple[list[str], list[str]]:
     """(flags, what is to be known) for vLLM's KV connector."""
-    transfer = {
+    return ["--kv-transfer-config", json.dumps(vllm_transfer(url))], []
+
+
+def sglang_extra(url: str, threshold: int) -> dict[str, Any]:
+    """SGLang's ``hicache_storage_backend_extra_config``."""
+    return {
+        "backend_name": "lmcache-sdk",
+        "module_path": "lmcache_adapters.sglang",
+        "class_name": "HiCacheBackend",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        "prefetch_threshold": threshold,
+        "url": url,
+    }
+
+
+def vllm_transfer(url: str | None, **extra: Any) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config``; ``extra`` are settings of the connector."""
+    return {
         "kv_connector": "LMCacheSDKConnector",
         "kv_connector_module_path": "lmcache_adapters.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": url},
+        "kv_connector_extra_config": {"url": url, **extra},
     }
-    return ["--kv-transfer-config", json.dumps(transfer)], []
 
 
 def _version(engine: str) -> str:

@@ -103,7 +103,7 @@ class MooncakeBackend:
             hostname=url.take("hostname"),
             segment=parse_size(text) if (text := url.take("segment", "0")) != "0" else 0,
             staging=parse_size(url.take("staging", DEFAULT_STAGING)),
-            timeout_s=_seconds(url.take("timeout", DEFAULT_TIMEOUT)),
+            timeout_s=url.take_seconds("timeout", DEFAULT_TIMEOUT, least=0.01, most=3600),
         )
         url.finish()
         if not url.hostname or url.path not in ("", "/") or url.username is not None:
@@ -361,16 +361,6 @@ def _without_repetition(items: Sequence[Item]) -> Iterator[list[Item]]:
             run = {}
         run[item.key] = item
     yield list(run.values())
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text.removesuffix("s"))
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"timeout={text!r} is no time; write it like 5s")
-    return seconds
 
 
 def _client_module() -> Any:

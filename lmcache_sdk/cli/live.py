@@ -121,7 +121,7 @@ class LiveStore:
             finally:
                 backend.close(CLOSE_TIMEOUT_S)
             self.left = f"{count} records that were deleted are still there" if count else ""
-        except Exception as error:  # noqa: BLE001  other people's code: what it leaves is told
+        except Exception as error:  # noqa: BLE001 - a backend is other people's code; what it leaves is told
             self.left = f"{type(error).__name__}: {error}"
 
 

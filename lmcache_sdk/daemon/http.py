@@ -106,7 +106,7 @@ class _Server(ThreadingHTTPServer):
                 self._cut_off(oldest)
         return self._free.acquire(timeout=_GIVE_WAY_S)
 
-    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # TCP
         with self._lock:
             self._asking[request] = time.monotonic() + _REQUEST_S
         try:
@@ -115,7 +115,7 @@ class _Server(ThreadingHTTPServer):
             self._ended(request)
             raise
 
-    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # TCP
         try:
             super().process_request_thread(request, client_address)
         finally:

@@ -32,7 +32,7 @@ class Latency(Around):
         self.instant = False  # type: ignore[misc]  # whatever is in it
         self.seconds = seconds
         self.jitter_s = jitter_s
-        self._random = random.Random(seed)  # noqa: S311
+        self._random = random.Random(seed)  # noqa: S311 - no secret depends on it
         self._lock = threading.Lock()
         self._closed = threading.Event()
 

@@ -156,7 +156,7 @@ class _Connection:
         """The proxy has just been told how to break."""
         proxy = self._proxy
         self._left = proxy.left_for_each
-        self._random = random.Random(f"{proxy.seed}/{self._number}")  # noqa: S311
+        self._random = random.Random(f"{proxy.seed}/{self._number}")  # noqa: S311 - no secret depends on it
         self._sound = self._gap()
         if proxy.mode == "reset":
             self.reset()

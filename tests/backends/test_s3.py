@@ -309,7 +309,7 @@ class TestBadInput:
             ("s3://bucket?regoin=x", "unknown parameter 'regoin'"),
             ("s3://bucket?secret_access_key=some-secret", "unknown parameter 'secret_access_key'"),
             ("s3://bucket?style=vhost", "path or virtual, got 'vhost'"),
-            ("s3://bucket?connections=many", "connections is a number above 0, got 'many'"),
+            ("s3://bucket?connections=many", "connections is a whole number from 1 to 9999, got 'many'"),
             ("s3://bucket?connections=0", "connections"),
             ("s3://bucket?timeout=-1", "timeout"),
             ("s3://bucket?timeout=nan", "timeout"),

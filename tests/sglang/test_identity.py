@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lmcache_adapters.settings import on_error
 from lmcache_adapters.sglang.identity import EngineFacts, namespace_and_producer, refuse_unserved_engine
-from lmcache_adapters.sglang.settings import on_error, read_settings
+from lmcache_adapters.sglang.settings import read_settings
 from lmcache_sdk.errors import ConfigError, LayoutError, LMCacheSDKError, UnsupportedError
 from lmcache_sdk.spec import CellGrid
 from tests.core.served import Served

@@ -12,9 +12,11 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
+from lmcache_adapters.deployment import part_of
+from lmcache_adapters.settings import on_error
 from lmcache_adapters.vllm.chains import chain_of
-from lmcache_adapters.vllm.identity import lora_key, part_of
-from lmcache_adapters.vllm.settings import Wishes, on_error, read_settings, read_wishes
+from lmcache_adapters.vllm.identity import lora_key
+from lmcache_adapters.vllm.settings import Wishes, read_settings, read_wishes
 from lmcache_sdk import Chain, ConfigError, LayoutError, UnsupportedError
 from lmcache_sdk.spec import WHOLE, Group, GroupKind, Part
 from tests.core.served import Served

@@ -13,17 +13,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any
+from typing import Any
 
+from lmcache_adapters.process import TOP, Answer, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
 
 # Idle OpenMP threads that spin take the cores from those that work. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-TOP = 20
-
-Answer = dict[str, Any]
 
 
 class Engine:
@@ -137,13 +134,6 @@ def _describe(logits: Any) -> Answer:
     }
 
 
-def _take_stdout() -> IO[str]:
-    """Keep stdout for answers: whatever else prints, in Python or below it, goes to stderr."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until told to stop; the answer is the exit status."""
     parser = argparse.ArgumentParser(prog="lmcache_adapters.hf.engine", description="HF runner on JSON lines.")
@@ -155,12 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context-tokens", type=int, help="longest prompt and reply together")
     options = parser.parse_args(arguments)
     log_to_stderr()
-    output = _take_stdout()
-
-    def answer(fields: Answer) -> None:
-        output.write(json.dumps(fields) + "\n")
-        output.flush()
-
+    answer = take_stdout()
     from lmcache_adapters.hf.runner import Runner
 
     try:

@@ -24,16 +24,15 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import IO, Any
 
+from lmcache_adapters.launch import sglang_extra
+from lmcache_adapters.process import TOP, Answer, pairs, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
 
 # Idle OpenMP threads that spin take the cores from those that work. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-TOP = 20
 _POLL_S = 0.01
-
-Answer = dict[str, Any]
 
 
 class Engine:
@@ -219,43 +218,14 @@ _OPS: dict[str, Callable[..., Awaitable[Answer]]] = {
 }
 
 
-def _take_stdout() -> IO[str]:
-    """Keep stdout for answers: whatever else prints, in Python or below it, goes to stderr."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
-
-
-def _pairs(given: Sequence[str]) -> dict[str, Any]:
-    """``name=JSON``, or ``name=text`` where that is no JSON."""
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, _, value = pair.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
 def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     """SGLang's engine, and a client of the same cache."""
     import sglang
 
     arguments: dict[str, Any] = {"model_path": options.model, "page_size": 64, "enable_cache_report": True}
-    given = _pairs(options.extra)
+    given = pairs(options.extra)
     if options.cache is not None:
-        extra = {
-            "backend_name": "lmcache-sdk",
-            "module_path": "lmcache_adapters.sglang",
-            "class_name": "HiCacheBackend",
-            "interface_v1": 1,
-            "hicache_storage_pass_prefix_keys": True,
-            "prefetch_threshold": 1,
-            "on_error": "refuse",
-            "url": options.cache,
-            **given,
-        }
+        extra = {**sglang_extra(options.cache, threshold=1), "on_error": "refuse", **given}
         arguments |= {
             "enable_hierarchical_cache": True,
             "hicache_storage_backend": "dynamic",
@@ -263,7 +233,7 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
             "hicache_write_policy": "write_through",
             "hicache_storage_backend_extra_config": json.dumps(extra),
         }
-    arguments |= _pairs(options.option)
+    arguments |= pairs(options.option)
     engine = sglang.Engine(**arguments)
     if options.cache is None:
         return engine, None
@@ -296,12 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--extra", action="append", default=[], help="a setting of the backend: NAME=JSON")
     options = parser.parse_args(arguments)
     log_to_stderr()
-    output = _take_stdout()
-
-    def answer(fields: Answer) -> None:
-        output.write(json.dumps(fields) + "\n")
-        output.flush()
-
+    answer = take_stdout()
     try:
         engine, cache = _start(options)
     except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it

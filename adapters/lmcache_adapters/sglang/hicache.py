@@ -18,10 +18,11 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
 from lmcache_adapters.deployment import part_of
+from lmcache_adapters.settings import on_error
 from lmcache_adapters.sglang import weights
 from lmcache_adapters.sglang.host import HostMemory
 from lmcache_adapters.sglang.identity import EngineFacts, digests_of, namespace_and_producer, refuse_unserved_engine
-from lmcache_adapters.sglang.settings import Settings, on_error, read_settings
+from lmcache_adapters.sglang.settings import SGLangSettings, read_settings
 from lmcache_sdk.api import Cache, Chain, LookupState
 from lmcache_sdk.connector import CopyTransfer, GPUConnector
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError, UnsupportedError
@@ -57,7 +58,7 @@ class HiCacheBackend(HiCacheStorage):
         self._pools: dict[str, Any] = {}
         self._cache: Cache | None = None
         self._connector: GPUConnector | None = None
-        self._settings: Settings
+        self._settings: SGLangSettings
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._held: dict[bytes, str] = {}  # requests by the last digest that they found

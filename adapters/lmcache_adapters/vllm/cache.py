@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from lmcache_adapters.vllm.settings import Settings
+from lmcache_adapters.vllm.settings import VLLMSettings
 from lmcache_sdk.api import Cache
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.daemon.private import PrivateCache, start_private
@@ -15,7 +15,7 @@ from lmcache_sdk.open import open_cache
 from lmcache_sdk.spec import Namespace, Producer
 
 
-def open_for_scheduler(settings: Settings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
+def open_for_scheduler(settings: VLLMSettings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
     """A daemon's cache. For a store's URL a daemon is started, which ends with this process.
 
     Raises:
@@ -27,7 +27,7 @@ def open_for_scheduler(settings: Settings, engine_id: str, namespace: Namespace,
     return PrivateCache(private, namespace, producer)
 
 
-def open_for_worker(settings: Settings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
+def open_for_worker(settings: VLLMSettings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
     """The same cache. A daemon of the engine's own may not be there yet: workers come first."""
     if not settings.has_own_daemon:
         return open_cache(settings.url, namespace=namespace, producer=producer)

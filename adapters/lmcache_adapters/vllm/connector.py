@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
+from lmcache_adapters.deployment import part_of
+from lmcache_adapters.settings import on_error
 from lmcache_adapters.vllm.cache import open_for_scheduler, open_for_worker
-from lmcache_adapters.vllm.identity import namespace_and_producer, part_of, refuse_unserved_engine
+from lmcache_adapters.vllm.identity import namespace_and_producer, refuse_unserved_engine
 from lmcache_adapters.vllm.layout import EngineMemory
 from lmcache_adapters.vllm.messages import Readiness, StepMeta, StepReport
 from lmcache_adapters.vllm.scheduler import Scheduler
-from lmcache_adapters.vllm.settings import Settings, on_error, read_settings
+from lmcache_adapters.vllm.settings import VLLMSettings, read_settings
 from lmcache_adapters.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from lmcache_adapters.vllm.worker import Worker
 from lmcache_sdk.connector import GPUConnector
@@ -50,7 +52,7 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
         self._trouble = ""
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
-        self._settings: Settings
+        self._settings: VLLMSettings
         self._namespace: Namespace
         self._producer: Producer
         self._worker_cache: Any = None

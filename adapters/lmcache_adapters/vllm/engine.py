@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from lmcache_adapters.launch import vllm_transfer
+from lmcache_adapters.process import TOP, Answer, pairs, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
 
@@ -29,10 +31,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # One process, unless the caller wants vLLM's own three: they start in a fifth of the time.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-TOP = 20
-
-Answer = dict[str, Any]
 
 
 class WorkerExtension:
@@ -245,25 +243,6 @@ def _identity(cache: Any) -> Any:
     return msgspec.to_builtins([cache.namespace, cache.producer])
 
 
-def _take_stdout() -> IO[str]:
-    """Keep stdout for answers: whatever else prints, in Python or below it, goes to stderr."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
-
-
-def _pairs(given: Sequence[str]) -> dict[str, Any]:
-    """``name=JSON``, or ``name=text`` where that is no JSON."""
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, _, value = pair.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
 def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     """vLLM's engine, and a client of the same cache."""
     from vllm.engine.arg_utils import EngineArgs
@@ -274,16 +253,12 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
         "enforce_eager": True,
         "disable_log_stats": False,
         "worker_extension_cls": "lmcache_adapters.vllm.engine.WorkerExtension",
-        **_pairs(options.option),
+        **pairs(options.option),
     }
     if options.cache is not None or options.transfer:
         arguments["kv_transfer_config"] = {
-            "kv_connector": "LMCacheSDKConnector",
-            "kv_connector_module_path": "lmcache_adapters.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"url": options.cache, "on_error": "refuse", **_pairs(options.extra)},
-            **_pairs(options.transfer),
+            **vllm_transfer(options.cache, **{"on_error": "refuse", **pairs(options.extra)}),
+            **pairs(options.transfer),
         }
         from vllm.config import KVTransferConfig
 
@@ -311,12 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--transfer", action="append", default=[], help="a field of kv_transfer_config: NAME=JSON")
     options = parser.parse_args(arguments)
     log_to_stderr()
-    output = _take_stdout()
-
-    def answer(fields: Answer) -> None:
-        output.write(json.dumps(fields) + "\n")
-        output.flush()
-
+    answer = take_stdout()
     try:
         engine, cache = _start(options)
     except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it

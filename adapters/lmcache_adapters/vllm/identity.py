@@ -1,4 +1,4 @@
-"""What an engine's KV is to the cache: namespace, producer, the part of a rank; and what is refused, by name."""
+"""What an engine's KV is to the cache: namespace and producer; and what is refused, by name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lmcache_adapters.vllm.settings import Settings
+from lmcache_adapters.deployment import weights_directory, with_grid_of
+from lmcache_adapters.settings import Settings
 from lmcache_sdk.errors import ConfigError, UnsupportedError
 from lmcache_sdk.observe.logs import logger
-from lmcache_sdk.spec import (
-    WHOLE,
-    CellGrid,
-    Group,
-    GroupKind,
-    Namespace,
-    Part,
-    Producer,
-    canonical_json,
-    namespace_of,
-    weights_fingerprint,
-)
+from lmcache_sdk.spec import Namespace, Producer, canonical_json, namespace_of, weights_fingerprint
 
 _log = logger("vllm")
 
@@ -72,7 +62,7 @@ def namespace_and_producer(vllm_config: Any, settings: Settings) -> tuple[Namesp
     model = vllm_config.model_config
     dtype = str(model.dtype).removeprefix("torch.")
     cache_dtype = vllm_config.cache_config.cache_dtype
-    directory = _weights_directory(model, vllm_config.load_config)
+    directory = weights_directory(str(model.model), model.revision, vllm_config.load_config.download_dir)
     namespace = namespace_of(
         model.hf_config.to_dict(),
         fingerprint=weights_fingerprint(directory),
@@ -83,37 +73,7 @@ def namespace_and_producer(vllm_config: Any, settings: Settings) -> tuple[Namesp
         source=str(directory),
     )
     ranks = int(vllm_config.parallel_config.tensor_parallel_size)
-    return _with_grid_of(namespace, ranks), _producer(vllm_config, dtype)
-
-
-def part_of(group: Group, ranks: int, rank: int) -> Part:
-    """What a tensor-parallel rank holds; where there are more ranks than heads, several hold the same."""
-    if ranks == 1 or group.kind == GroupKind.LATENT:
-        return WHOLE
-    if ranks > group.heads:
-        head = rank * group.heads // ranks
-        return Part(heads=(head, head + 1))
-    count = group.heads // ranks
-    return Part(heads=(rank * count, (rank + 1) * count))
-
-
-def _with_grid_of(namespace: Namespace, ranks: int) -> Namespace:
-    """Where nobody has chosen a grid, a cell is one rank's shard; said once, since others then do not share."""
-    spec = namespace.spec
-    group = spec.groups[0]
-    if ranks == 1 or spec.grid.heads_per_cell or group.kind == GroupKind.LATENT:
-        return namespace
-    heads = max(1, group.heads // ranks)
-    _log.warning(
-        "cells of %d KV heads, the shard of tensor parallelism %d: engines of another size do not share this cache; "
-        "set heads_per_cell (1 shares with all) for the whole fleet if they should",
-        heads,
-        ranks,
-    )
-    import msgspec
-
-    grid = CellGrid(spec.grid.layers_per_cell, heads)
-    return msgspec.structs.replace(namespace, spec=msgspec.structs.replace(spec, grid=grid))
+    return with_grid_of(namespace, ranks, _log), _producer(vllm_config, dtype)
 
 
 def _producer(vllm_config: Any, dtype: str) -> Producer:
@@ -143,25 +103,6 @@ def _producer(vllm_config: Any, dtype: str) -> Producer:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _weights_directory(model: Any, load: Any) -> Path:
-    """Where the weights are; those of a hub id have been downloaded by now."""
-    path = Path(model.model)
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise UnsupportedError(f"{path} is a single file; the cache needs a model directory with config.json")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                str(model.model), revision=model.revision, cache_dir=load.download_dir, local_files_only=True
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the weights of {model.model!r} are not on this machine: {error}") from error
 
 
 def lora_key(path: str) -> str:

@@ -235,7 +235,7 @@ class Scheduler:
         """A cache never raises. Should it do so all the same, that is not to be the end of vLLM."""
         try:
             return call(*arguments, **fields)
-        except Exception:  # noqa: BLE001 - see above
+        except Exception:  # noqa: BLE001 - an exception here ends the whole engine
             _log.exception("the cache failed in a way it must not")
             return otherwise
 

@@ -7,65 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache_sdk.config import Config, default_socket, load_config
-from lmcache_sdk.errors import ConfigError
+from lmcache_adapters.settings import Settings, read_config
 from lmcache_sdk.observe.logs import logger
-from lmcache_sdk.spec import CellGrid
 
 _log = logger("vllm")
 
-ON_ERROR = ("degrade", "refuse")
-SETTINGS = ("url", "pool_bytes", "chunk_tokens", "layers_per_cell", "heads_per_cell", "log_level")
-
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Of one engine.
-
-    Attributes:
-        config: where and how; ``url`` is never empty.
-    """
-
-    config: Config
-
-    @property
-    def url(self) -> str:
-        """A daemon (``unix://``) or a store, which gets a daemon of the engine's own."""
-        return self.config.url or f"unix://{default_socket()}"
+class VLLMSettings(Settings):
+    """Of one engine; a store gets a daemon of the engine's own."""
 
     @property
     def has_own_daemon(self) -> bool:
         return not self.url.startswith("unix://")
 
-    @property
-    def grid(self) -> CellGrid:
-        return CellGrid(self.config.layers_per_cell, self.config.heads_per_cell)
 
-
-def on_error(extra: Mapping[str, Any]) -> str:
-    """What becomes of an engine whose cache cannot be used: ``degrade`` (serve without it) or ``refuse`` to start.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    chosen = extra.get("on_error", ON_ERROR[0])
-    if chosen not in ON_ERROR:
-        raise ConfigError(f"on_error is {' or '.join(ON_ERROR)}, got {chosen!r}")
-    return str(chosen)
-
-
-def read_settings(extra: Mapping[str, Any]) -> Settings:
+def read_settings(extra: Mapping[str, Any]) -> VLLMSettings:
     """From ``kv_connector_extra_config``, over ``LMCACHE_SDK_*`` and the configuration file.
 
     Raises:
         ConfigError: unknown names or wrong values.
     """
-    given = {name: value for name, value in extra.items() if name != "on_error"}
-    unknown = sorted(set(given) - set(SETTINGS))
-    if unknown:
-        known = ", ".join((*SETTINGS, "on_error"))
-        raise ConfigError(f"unknown setting {unknown[0]!r} in kv_connector_extra_config; known are: {known}")
-    return Settings(load_config(given))
+    return VLLMSettings(read_config(extra, "kv_connector_extra_config"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,6 @@ TLS = ("rediss", "valkeys", "rediss+cluster")
 CLUSTER = ("redis+cluster", "rediss+cluster")
 UNIX = "redis+unix"
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-
 
 class Settings(NamedTuple):
     """Everything about the servers.
@@ -128,26 +126,15 @@ def _tls(url: Url) -> dict[str, object]:
     }
 
 
-def _seconds(url: Url, name: str, default: str) -> float:
-    text = url.take(name, default)
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd]?)", text)
-    if match is None:
-        raise ConfigError(f"{name}={text} is no time; write it like 30s, 15m, 12h or 7d")
-    return float(match[1]) * _UNITS[match[2]]
-
-
 def _ttl_ms(url: Url) -> int:
-    seconds = _seconds(url, "ttl", "0")
+    seconds = url.take_seconds("ttl", "0")
     if 0 < seconds < 0.001:
         raise ConfigError(f"ttl must be at least 0.001s, or 0 for none, got {seconds:f}s")
     return round(seconds * 1000)
 
 
 def _positive(url: Url, name: str, default: str) -> float:
-    seconds = _seconds(url, name, default)
-    if not 0.01 <= seconds <= 3600:
-        raise ConfigError(f"{name} must be from 0.01s to 1h, got {seconds:g}s")
-    return seconds
+    return url.take_seconds(name, default, least=0.01, most=3600)
 
 
 def _count(url: Url, name: str, default: str) -> int:

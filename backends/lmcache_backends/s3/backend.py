@@ -129,8 +129,8 @@ class S3Backend:
             "virtual_host": style == "virtual",
             "profile": url.take("profile"),
             "authority": _certificates(url.take("ca")),
-            "connections": _number("connections", url.take("connections", "16"), int),
-            "timeout_s": _number("timeout", url.take("timeout", "20s").removesuffix("s"), float),
+            "connections": _connections(url.take("connections", "16")),
+            "timeout_s": url.take_seconds("timeout", "20s", least=0.01, most=3600),
         }
         url.finish()
         if style not in ("path", "virtual"):
@@ -251,7 +251,7 @@ class S3Backend:
             return work(*arguments)
         except BackendError:
             raise
-        except BaseException as error:  # noqa: BLE001 - a panic of the client is not even an Exception
+        except BaseException as error:  # noqa: BLE001 - the client's PanicException is no Exception; in threads that get no other
             raise trouble(self._place, error) from None  # the client's own text is long
 
     # In reading threads
@@ -380,11 +380,7 @@ def _certificates(path: str) -> bytes:
         raise ConfigError(f"cannot read the certificates in ca={path}: {error.strerror}") from error
 
 
-def _number(name: str, text: str, kind: Callable[[str], _T]) -> _T:
-    try:
-        number = kind(text)
-        if not 0 < number < 100_000:  # type: ignore[operator]
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"{name} is a number above 0, got {text!r}") from None
-    return number
+def _connections(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise ConfigError(f"connections is a whole number from 1 to 9999, got {text!r}")
+    return int(text)
