@@ -16,7 +16,7 @@ from pathlib import Path
 from lmcache_sdk.config import Config, Tenant, default_socket, format_size
 from lmcache_sdk.core import Limits
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.daemon.client import Channel
+from lmcache_sdk.daemon.channel import Channel
 from lmcache_sdk.daemon.listening import check_free
 from lmcache_sdk.daemon.server import Server, Settings
 from lmcache_sdk.errors import BackendError, BackendFormatError, BackendUnavailable, ConfigError, LMCacheSDKError

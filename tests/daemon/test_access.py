@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.daemon.client import Channel, DaemonCache
+from lmcache_sdk.daemon.channel import Channel
+from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.daemon.listening import listen
 from lmcache_sdk.errors import BackendUnavailable
 from lmcache_sdk.pool.processes import identity, may_live

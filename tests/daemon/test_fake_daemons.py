@@ -21,7 +21,8 @@ import pytest
 from lmcache_sdk import BackendFormatError, ConfigError, Lookup, LookupState
 from lmcache_sdk.api import Reservation, Ticket
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.daemon.client import Channel, DaemonCache
+from lmcache_sdk.daemon.channel import Channel
+from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.keys import Chain
 from tests.core.engine import CHUNK, PRODUCER
 from tests.daemon.daemon_process import until

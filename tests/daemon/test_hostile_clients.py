@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from lmcache_sdk.daemon import protocol as p
-from lmcache_sdk.daemon.client import Channel
+from lmcache_sdk.daemon.channel import Channel
 from tests.core.engine import CHUNK, PRODUCER
 from tests.daemon.daemon_process import Daemon, until
 from tests.daemon.engine_process import CHUNKS, Engine, EngineProcess, close, connect, layered, prompt
