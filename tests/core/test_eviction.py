@@ -207,3 +207,34 @@ def test_tenants_are_configured() -> None:
 def test_wrong_tenants_are_named(tenants: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config({"tenants": tenants}, environment={})
+
+
+class Tick(int):
+    """Counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Tick.compared += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+def test_no_change_of_a_long_queue_looks_at_all_of_it() -> None:
+    """What goes while it is not the oldest is cleaned up in small pieces: all at once was a pause of half a second."""
+    queue, items = LRU[Item](), [Item(str(number)) for number in range(20_000)]
+    for number, item in enumerate(items):
+        queue.insert(item, Tick(number))
+    worst = 0
+    for number, item in enumerate(items[::-1]):
+        Tick.compared = 0
+        queue.discard(item)
+        worst = max(worst, Tick.compared)
+        if number % 2:
+            Tick.compared = 0
+            queue.insert(item, Tick(20_000 + number))
+            worst = max(worst, Tick.compared)
+    assert 0 < worst < 500
+    again = items[::-1][1::2]
+    assert [queue.victim() for _ in range(10_001)] == [*again, None]
