@@ -60,7 +60,7 @@ _log = logger("store")
 _T = TypeVar("_T")
 
 _TICK_S = 0.1
-_CLEARED_AT_ONCE = 256
+_CLEARED_AT_ONCE = 128
 _TOUCHES = 64  # that wait for one tier; beyond it uses are not counted
 _PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is told at start
 

@@ -240,9 +240,9 @@ class Core:
             chunk_tokens: to tell a chunk's position in its request; 0 where that is unknown.
         """
         reserved = Reserved({}, {})
-        previous = space.entries.get(parent) if parent is not None else None
+        previous = space.entries.find(parent) if parent is not None else None
         for number, digest in enumerate(digests, start=first):
-            entry = space.entries.get(digest)
+            entry = space.entries.find(digest)
             if entry is None:
                 position = number * chunk_tokens if chunk_tokens else -1
                 entry = self.index.add(space, digest, tenant, position, EntryState.RESERVED)
@@ -315,7 +315,7 @@ class Core:
         """Hold the prefix of these chunks that is in the pool; the answer is its length."""
         last, count = None, 0
         for digest in digests:
-            entry = space.entries.get(digest)
+            entry = space.entries.find(digest)
             if entry is None or entry.state is not EntryState.PUBLISHED:
                 break
             self.index.link(entry, last)
@@ -330,7 +330,7 @@ class Core:
         found: dict[Entry, Entry | None] = {}  # each with the one before
         last: Entry | None = None
         for digest in digests:
-            entry = space.entries.get(digest)
+            entry = space.entries.find(digest)
             if entry is None or entry.state is not EntryState.PUBLISHED:
                 break
             found[entry] = last
@@ -346,7 +346,7 @@ class Core:
         """Remove these chunks, from the tiers too. What is held stays readable to its holders only; what is being
         written or loaded is removed as well, and comes to nothing.
         """
-        found = [entry for entry in map(space.entries.get, reversed(digests)) if entry is not None]
+        found = [entry for entry in map(space.entries.find, reversed(digests)) if entry is not None]
         removed = self._delete(space, found, "deleted")
         if self.tiers and digests:
             space.deleting.update(digests)
@@ -503,6 +503,13 @@ class Core:
     def _walk(self, request: Request, now: float) -> None:
         """Extend the prefix through the pool; where it ends there, ask the tiers."""
         entries, chain, index = request.entries, request.chain, request.space.entries
+        if not entries and 0 < request.length == chain.hashed:
+            digests = chain.digests()
+            readable = _readable_up_from(index.find(digests[-1]), digests)
+            if readable is not None:
+                request.entries = readable
+                self._load(request, now, linked=request.length)
+                return
         before, step = len(entries), 1
         reserved = EntryState.RESERVED
         while (start := len(entries)) < request.length:
@@ -536,21 +543,25 @@ class Core:
                 request.why = f"{state.name} paused after failures"
         self._load(request, now)
 
-    def _load(self, request: Request, now: float) -> None:
-        """The prefix is known: link it, start loading what is not in the pool, and answer if nothing is."""
+    def _load(self, request: Request, now: float, *, linked: int = 0) -> None:
+        """The prefix is known: link it, start loading what is not in the pool, and answer if nothing is.
+
+        Args:
+            linked: how many entries from the front are readable and linked already.
+        """
         # Nothing was held while tiers were asked: what was evicted meanwhile ends the prefix here.
-        previous: Entry | None = None
         start: dict[int, list[Entry]] = {}
         chain, space = request.chain, request.space
         request.deletions = space.deletions
         digests = chain.digests(len(request.entries))
         published = EntryState.PUBLISHED
-        for position, entry in enumerate(request.entries):
+        previous = request.entries[linked - 1] if linked else None
+        for position, entry in enumerate(islice(request.entries, linked, None), linked):
             if entry is not None and entry.state is published and entry.parent is previous is not None:
                 previous = entry  # the usual case, of thousands
                 continue
             if entry is None or entry.state is EntryState.DEAD:
-                entry = space.entries.get(digests[position])
+                entry = space.entries.find(digests[position])
             if entry is not None and entry.state is EntryState.RESERVED:
                 del request.entries[position:]
                 break
@@ -730,3 +741,18 @@ class Core:
     def check_integrity(self) -> None:
         """Raise AssertionError if anything does not add up. For tests: it looks at everything."""
         check_integrity(self)
+
+
+def _readable_up_from(last: Entry | None, digests: Sequence[bytes]) -> list[Entry] | None:
+    """The entries of a whole chain, by their parents; None if one of them is not there, not readable or not linked.
+
+    The usual case, of thousands: this is quicker than to look each of them up, the more so the larger the index is.
+    """
+    published, entry, entries = EntryState.PUBLISHED, last, []
+    for digest in reversed(digests):
+        if entry is None or entry.state is not published or entry.digest != digest:
+            return None
+        entries.append(entry)
+        entry = entry.parent
+    entries.reverse()
+    return entries

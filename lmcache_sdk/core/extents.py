@@ -65,9 +65,10 @@ class Extents:
         self.quarantined_bytes = 0
         self._allocated: ByAddress[int] = ByAddress()
         self._quarantined: set[int] = set()
-        self._hole_at: dict[int, int] = {}  # start -> size
-        self._hole_ending_at: dict[int, int] = {}  # end -> start
-        self._holes_of: dict[int, dict[int, None]] = {}  # size -> starts (a dict as ordered set)
+        self._hole_at: ByAddress[int] = ByAddress()  # start -> size
+        self._hole_ending_at: ByAddress[int] = ByAddress()  # end -> start
+        self._holes_of: dict[int, list[int]] = {}  # size -> starts
+        self._place_of: ByAddress[int] = ByAddress()  # start -> its place in that list
         self._sizes: list[int] = []  # distinct hole sizes, ascending
         self.free_bytes = 0
         self._ends: list[int] = []
@@ -108,7 +109,7 @@ class Extents:
         if at == len(self._sizes) or (self.most is not None and len(self._allocated) >= self.most):
             return None
         size = self._sizes[at]
-        start = next(iter(self._holes_of[size]))
+        start = self._holes_of[size][-1]
         self._drop_hole(start, size)
         if size > want:
             self._add_hole(start + want, size - want)
@@ -149,12 +150,12 @@ class Extents:
         if address in self._quarantined:
             self._quarantined.remove(address)
             self.quarantined_bytes -= size
-        before = self._hole_ending_at.get(address)
+        before = self._hole_ending_at.find(address)
         if before is not None:
             size += self._hole_at[before]
             self._drop_hole(before, self._hole_at[before])
             address = before
-        after = self._hole_at.get(address + size)
+        after = self._hole_at.find(address + size)
         if after is not None:
             self._drop_hole(address + size, after)
             size += after
@@ -172,9 +173,10 @@ class Extents:
         self._hole_at[start] = size
         self._hole_ending_at[start + size] = start
         if size not in self._holes_of:
-            self._holes_of[size] = {}
+            self._holes_of[size] = []
             insort(self._sizes, size)
-        self._holes_of[size][start] = None
+        self._place_of[start] = len(self._holes_of[size])
+        self._holes_of[size].append(start)
         self.free_bytes += size
         if start + size == self._ends[segment_of(start)]:
             self._last_hole[segment_of(start)] = start
@@ -184,8 +186,10 @@ class Extents:
         del self._hole_ending_at[start + size]
         if self._last_hole.get(segment_of(start)) == start:
             del self._last_hole[segment_of(start)]
-        starts = self._holes_of[size]
-        del starts[start]
+        starts, place = self._holes_of[size], self._place_of.pop(start)
+        last = starts.pop()
+        if last != start:
+            starts[place], self._place_of[last] = last, place
         if not starts:
             del self._holes_of[size]
             del self._sizes[bisect_left(self._sizes, size)]
@@ -202,3 +206,6 @@ class Extents:
         assert sum(size for _, size, hole in spans if not hole) == self.total_bytes - self.free_bytes
         assert self.quarantined_bytes == sum(self._allocated[a] for a in self._quarantined)
         assert self._sizes == sorted(self._holes_of)
+        places = {at: (size, place) for size, starts in self._holes_of.items() for place, at in enumerate(starts)}
+        assert places == {at: (size, self._place_of[at]) for at, size in self._hole_at.items()}
+        assert {start + size: start for start, size in self._hole_at.items()} == dict(self._hole_ending_at)

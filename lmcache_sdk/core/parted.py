@@ -36,7 +36,10 @@ class Parted(MutableMapping[K, V], Generic[K, V]):
         self._length += len(part)
 
     def __delitem__(self, key: K) -> None:
-        del self._part(key)[key]
+        part = self._part(key)
+        del part[key]
+        if not part:
+            part.clear()  # of its large table, which whoever looks for the first item would walk through
         self._length -= 1
 
     def __iter__(self) -> Iterator[K]:
@@ -44,6 +47,10 @@ class Parted(MutableMapping[K, V], Generic[K, V]):
 
     def __len__(self) -> int:
         return self._length
+
+    def find(self, key: K) -> V | None:
+        """As ``get``, in a fraction of the time."""
+        return self._part(key).get(key)
 
 
 class ByDigest(Parted[bytes, V]):
@@ -63,3 +70,10 @@ class ByAddress(Parted[int, V]):
 
     def _part(self, key: int) -> dict[int, V]:
         return self._parts[(key >> _RANGE_SHIFT) % _PARTS]
+
+
+class ByHash(Parted[K, V]):
+    """By objects that are known by themselves."""
+
+    def _part(self, key: K) -> dict[K, V]:
+        return self._parts[hash(key) % _PARTS]

@@ -124,7 +124,7 @@ def _calm_collector() -> None:
     it would hold up every client, for half a second where there are a million chunks.
     """
     gc.freeze()
-    gc.set_threshold(2_000, 10, 1 << 30)
+    gc.set_threshold(2_000, 1 << 30, 1 << 30)
 
 
 def serve(config: Config, group: int | None = None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import math
 import os
 import resource
@@ -44,6 +45,9 @@ _log = logger("daemon")
 _RECEIVE_BYTES = 1 << 18
 _EXIT_GRACE_S = 0.25  # between a process's end and the reuse of its memory: a device may still be writing
 _LOOK_S = 0.5  # between two looks at what nobody tells
+# Between two collections of young garbage. Where as much is given up as is made, none comes by itself; and the longer
+# it stays away, the longer it holds everybody up.
+_COLLECT_S = 0.05
 _HELLO_S = 5.0  # for a connection to say who it is
 _READ_S = 10.0  # for a client to read a reply, or to send the rest of a message
 _DEFAULT_CLIENT_SHARE = 0.5
@@ -111,6 +115,7 @@ class Server:
         self._earlier = {client.client_id: client for client in pool.journal.earlier_clients}
         self._dead: set[bytes] = set()
         self._look = time.monotonic() + _LOOK_S
+        self._collect = 0.0
         self._full_until = 0.0
         self._stopping = False
         self._thread = threading.get_ident()
@@ -197,6 +202,9 @@ class Server:
             if when <= now:
                 self._gone.remove((when, client))
                 self._forget_client(client)
+        if self._collect <= now:
+            self._collect = now + _COLLECT_S
+            gc.collect(0)
         if self._look <= now:
             self._look = now + _LOOK_S
             self._look_around(now)

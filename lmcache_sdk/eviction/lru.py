@@ -6,6 +6,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Generic, TypeVar
 
+from lmcache_sdk.core.parted import ByHash
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ class LRU(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._ticks: dict[T, int] = {}
+        self._ticks: ByHash[T, int] = ByHash()
         self._heap: list[tuple[int, int, T]] = []
         self._old: list[tuple[int, int, T]] = []  # is taken over; a heap, too, also without its last
         self._order = count()  # breaks ties, so that items are never compared
@@ -45,7 +47,7 @@ class LRU(Generic[T]):
         while self._ticks:
             from_old = self._old and (not self._heap or self._old[0] < self._heap[0])
             tick, _, item = heappop(self._old if from_old else self._heap)
-            if self._ticks.get(item) == tick:
+            if self._ticks.find(item) == tick:
                 del self._ticks[item]
                 return item
         return None
@@ -60,5 +62,5 @@ class LRU(Generic[T]):
         if not self._old and len(self._heap) > 2 * len(self._ticks) + 64:
             self._old, self._heap = self._heap, []
         for entry in [self._old.pop() for _ in range(min(_MOVED, len(self._old)))]:
-            if self._ticks.get(entry[2]) == entry[0]:
+            if self._ticks.find(entry[2]) == entry[0]:
                 heappush(self._heap, entry)
