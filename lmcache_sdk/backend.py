@@ -55,7 +55,7 @@ class Backend(Protocol):
             local, so that a lookup may ask in line.
     """
 
-    instant: ClassVar[bool]
+    instant: ClassVar[bool] = False
 
     @classmethod
     def from_url(cls, url: Url) -> Self:
@@ -73,8 +73,8 @@ class Backend(Protocol):
     def contains(self, keys: Sequence[str]) -> list[bool]: ...
 
     def prefix_len(self, keys: Sequence[str]) -> int:
-        """How many of the leading keys are present."""
-        ...
+        """How many of the leading keys are present. What is here asks for one after the other."""
+        return leading(self.contains([key])[0] for key in keys)
 
     def delete(self, keys: Sequence[str]) -> int:
         """Remove records; the answer is how many were there. An absent key is no error."""

@@ -9,22 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 from zlib import crc32
 
-from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport, leading
+from lmcache_sdk.backend import Backend, Buffer, Item, Miss, Stat, Url, UsageReport
 from lmcache_sdk.config import parse_size
 from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
 
 _CRASHED_S = 60.0  # an unfinished file to which nobody has written for so long has lost its writer
 
 
-class FileBackend:
+class FileBackend(Backend):
     """Files in the folder ``records`` of a directory. They are the only truth: whoever finds ``size`` bytes reached
     evicts what was used least recently, no matter who wrote it.
     """
-
-    instant: ClassVar[bool] = False  # asks the file system
 
     def __init__(self, directory: Path, size: int) -> None:
         self._root, self._size, self._evictions = directory / "records", size, 0
@@ -49,28 +47,24 @@ class FileBackend:
         return self._root.joinpath(f"{crc32(name.encode()) & 255:02x}", *filter(None, (name[:200], name[200:])))
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
-        pairs = zip(reversed(keys), reversed(buffers), strict=True)  # the front of a prefix is used last, and stays
         with self._call():
-            return [self._read(self.path_of(key), buffer) for key, buffer in pairs][::-1]
+            lengths = [self._read(self.path_of(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        self.touch(keys[::-1])  # the front of a prefix is used last, and stays
+        return lengths
 
     def _read(self, path: Path, buffer: Buffer) -> int | Miss:
         try:
-            file = os.open(path, os.O_RDONLY)
+            with path.open("rb", buffering=0) as file:
+                nbytes = os.fstat(file.fileno()).st_size
+                if nbytes > len(buffer):
+                    return Miss.TOO_LARGE
+                return nbytes if file.readinto(buffer[:nbytes]) == nbytes else Miss.ABSENT
         except FileNotFoundError:
             return Miss.ABSENT
-        try:
-            nbytes = (stat := os.fstat(file)).st_size
-            if nbytes > len(buffer):
-                return Miss.TOO_LARGE
-            with suppress(OSError):  # another user's
-                os.utime(file, ns=(time.time_ns(), stat.st_mtime_ns))
-            return nbytes if os.readv(file, [buffer[:nbytes]]) == nbytes else Miss.ABSENT
-        finally:
-            os.close(file)
 
     def touch(self, keys: Sequence[str]) -> None:
         for path in map(self.path_of, keys):
-            with suppress(OSError):
+            with suppress(OSError):  # it is gone, or another user's
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
@@ -132,17 +126,12 @@ class FileBackend:
         with self._call():
             return [self.path_of(key).exists() for key in keys]
 
-    def prefix_len(self, keys: Sequence[str]) -> int:
-        return leading(self.contains([key])[0] for key in keys)
-
     def delete(self, keys: Sequence[str]) -> int:
-        removed = 0
+        there = self.contains([*set(keys)])
         with self._call():
             for key in keys:
-                with suppress(FileNotFoundError):
-                    self.path_of(key).unlink()
-                    removed += 1
-        return removed
+                self.path_of(key).unlink(missing_ok=True)
+        return sum(there)
 
     def close(self, timeout_s: float) -> None:
         self._open = False  # what calls that are inside use is not taken from them

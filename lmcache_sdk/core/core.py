@@ -743,12 +743,13 @@ class Core:
         check_integrity(self)
 
 
-def _readable_up_from(last: Entry | None, digests: Sequence[bytes]) -> list[Entry] | None:
+def _readable_up_from(last: Entry | None, digests: Sequence[bytes]) -> list[Entry | None] | None:
     """The entries of a whole chain, by their parents; None if one of them is not there, not readable or not linked.
 
     The usual case, of thousands: this is quicker than to look each of them up, the more so the larger the index is.
     """
-    published, entry, entries = EntryState.PUBLISHED, last, []
+    published, entry = EntryState.PUBLISHED, last
+    entries: list[Entry | None] = []
     for digest in reversed(digests):
         if entry is None or entry.state is not published or entry.digest != digest:
             return None
