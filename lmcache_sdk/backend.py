@@ -27,6 +27,7 @@ class Miss(Enum):
 
     ABSENT = "absent"
     TOO_LARGE = "too_large"  # the record does not fit the given buffer
+    UNREADABLE = "unreadable"  # it is there, and not for this reader: it stays for whoever has the right key
 
     def __repr__(self) -> str:
         return f"Miss.{self.name}"
@@ -97,7 +98,9 @@ class Stat(NamedTuple):
 
 @runtime_checkable
 class Scan(Protocol):
-    """Can list its keys."""
+    """Can list its keys. One that also knows when each was written says so by a class attribute ``dated = True``, and
+    may then be kept to a size and an age by whoever uses it.
+    """
 
     def scan(self, prefix: str = "") -> Iterator[Stat]:
         """All records whose key starts with ``prefix``, in any order; what changes meanwhile may be missed."""

@@ -217,6 +217,8 @@ class Jobs:
                 good.append(False)
                 if length is Miss.TOO_LARGE:
                     broken.append((key, "length"))
+                elif length is Miss.UNREADABLE:
+                    self._metrics.record_failures.labels(tier.name, length.value).inc()
                 continue
             try:
                 self._accept(opened, entry, cell, record, buffer[:length])

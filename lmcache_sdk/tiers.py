@@ -83,11 +83,11 @@ def open_tier(text: str) -> Tier:
     except ConfigError as error:
         raise ConfigError(f"tier {Url(options.url).shown}: {error}") from error
     backend = wrap(open_backend(options.url))
-    if (options.size or options.ttl_s) and not isinstance(backend, Scan):
+    if (options.size or options.ttl_s) and not (isinstance(backend, Scan) and getattr(backend, "dated", False)):
         backend.close(1.0)
         raise ConfigError(
-            f"tier {Url(options.url).shown}: size and ttl need a store that can list its records, which "
-            f"{Url(options.url).scheme}:// cannot; use its own bounds (parameters before #)"
+            f"tier {Url(options.url).shown}: size and ttl need a store that can list its records and tell when each "
+            f"was written, which {Url(options.url).scheme}:// cannot; use its own bounds (parameters before #)"
         )
     pack_bytes = options.pack_bytes
     if pack_bytes is None:

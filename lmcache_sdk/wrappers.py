@@ -94,6 +94,7 @@ class Wrapper:
             self.touch = lambda keys: self._touch(inner, keys)
         if isinstance(inner, Scan) and not isinstance(self, Scan):
             self.scan = lambda prefix="": self._scan(inner, prefix)
+            self.dated = getattr(inner, "dated", False)
 
     @classmethod
     def from_url(cls, url: Url) -> Self:
@@ -151,6 +152,7 @@ class Namespaced(Wrapper):
             self.get_ranges = lambda ranges: inner.get_ranges(
                 [part._replace(key=self._prefix + part.key) for part in ranges]
             )
+            self.pack_bytes = getattr(inner, "pack_bytes", 0)
         if isinstance(inner, RegisterMemory):
             self.register_memory, self.unregister_memory = inner.register_memory, inner.unregister_memory
 
@@ -171,9 +173,6 @@ class Encrypted(Wrapper):
     Args:
         key: 32 secret bytes.
 
-    Attributes:
-        undecryptable: how many records did not decrypt. The first is told to the log.
-
     Raises:
         ConfigError: the key is not 32 bytes long, or cryptography is not installed.
     """
@@ -185,7 +184,7 @@ class Encrypted(Wrapper):
         self._cipher = AESGCM(key)
         self._rejected: dict[str, None] = {}  # the oldest first; bounded
         self._lock = threading.Lock()
-        self.undecryptable = 0
+        self._told = False
         super().__init__(inner)
 
     def _scan(self, inner: Scan, prefix: str) -> Iterator[Stat]:
@@ -260,17 +259,16 @@ class Encrypted(Wrapper):
 
     def _reject(self, key: str) -> Miss:
         with self._lock:
-            self.undecryptable += 1
-            first = self.undecryptable == 1
+            told, self._told = self._told, True
             self._rejected[key] = None
             while len(self._rejected) > _REMEMBERED:
                 del self._rejected[next(iter(self._rejected))]
-        if first:
+        if not told:
             _log.warning(
                 "the record %s does not decrypt: it was changed, or written with another encryption key or none; "
                 "it and others like it are misses and will be replaced", key,
             )  # fmt: skip
-        return Miss.ABSENT
+        return Miss.UNREADABLE
 
 
 def key_from_file(path: Path) -> bytes:

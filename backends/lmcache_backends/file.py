@@ -24,6 +24,8 @@ class FileBackend(Backend):
     evicts what was used least recently, no matter who wrote it.
     """
 
+    dated = True  # scan tells when each was written
+
     def __init__(self, directory: Path, size: int) -> None:
         self._root, self._size, self._evictions = directory / "records", size, 0
         self._unseen = 0  # bytes that may be written until the directory is looked at again

@@ -6,6 +6,7 @@ import itertools
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, Miss, Scan, Usage
+from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, Miss, Range, RangeGet, Scan, Usage
 from lmcache_sdk.errors import BackendUnavailable
 
 SIZES = (0, 1, 255, 4096, 65_537, 1 << 20)
@@ -51,7 +52,8 @@ MUSTS = {
         "test_get_returns_the_very_bytes", "test_get_does_not_hide_corruption", "test_misaligned_views",
         "test_a_buffer_of_the_exact_size", "test_keys_of_every_legal_form", "test_overwriting",
         "test_the_same_key_twice_in_a_batch", "test_batches_answer_in_order", "test_prefix_len_counts_leading_keys",
-        "test_records_survive_closing", "test_scan", "test_usage", "test_the_bound_holds_and_the_latest_stay",
+        "test_records_survive_closing", "test_scan", "test_ranges", "test_usage",
+        "test_the_bound_holds_and_the_latest_stay",
     ),
     "2: a record becomes visible all at once": ("test_threads_see_whole_records",),
     "3: a buffer is not touched beyond the returned length, nor after the call": (
@@ -400,6 +402,32 @@ class BackendTests:
         storing.delete(["a/1"])
         assert scanned(storing, "a/") == [("a/2", 2)]
         assert list(storing.scan("zzz")) == []
+
+        if getattr(storing, "dated", False):
+            storing.put([item("now", b"1")])
+            (stat,) = storing.scan("now")
+            assert abs(stat.modified - time.time()) < 60, "seconds since the epoch"
+
+    def test_ranges(self, storing: Backend) -> None:
+        if not isinstance(storing, RangeGet):
+            pytest.skip("reads no parts of records")
+        data = some_bytes(10_000)
+        storing.put([item("k", data), item("empty", b"")])
+        memory = memoryview(bytearray(b"\xa5" * 7000))
+        ranges = [
+            Range("k", 100, [memory[:1000], memory[1000:1000], memory[2000:4500]]),
+            Range("k", 9900, [memory[4500:4550], memory[4550:5000]]),
+            Range("absent", 0, [memory[6000:]]),
+            Range("k", 10_000, [memory[6000:]]),
+            Range("empty", 0, [memory[6000:]]),
+            Range("k", 5, []),
+            Range("absent", 5, []),
+        ]
+        assert storing.get_ranges(ranges) == [3500, 100, Miss.ABSENT, 0, 0, 0, Miss.ABSENT]
+        assert memory[:1000] == data[100:1100]
+        assert memory[2000:4500] == data[1100:3600]
+        assert memory[4500:4600] == data[9900:]
+        assert set(memory[1000:2000]) | set(memory[4600:]) == {0xA5}
 
     def test_usage(self, storing: Backend) -> None:
         if not isinstance(storing, Usage):

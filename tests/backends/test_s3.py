@@ -131,25 +131,6 @@ class TestObjects:
         assert backend.put([item("k", b"ours")]) == [False]
         assert read(backend, "k") == b"theirs"
 
-    def test_ranges(self, backend: S3Backend) -> None:
-        data = some_bytes(10_000)
-        backend.put([item("k", data), item("empty", b"")])
-        memory = memoryview(bytearray(b"\xa5" * 7000))
-        ranges = [
-            Range("k", 100, [memory[:1000], memory[1000:1000], memory[2000:4500]]),
-            Range("k", 9900, [memory[4500:4550], memory[4550:5000]]),
-            Range("absent", 0, [memory[6000:]]),
-            Range("k", 10_000, [memory[6000:]]),
-            Range("empty", 0, [memory[6000:]]),
-            Range("k", 5, []),
-            Range("absent", 5, []),
-        ]
-        assert backend.get_ranges(ranges) == [3500, 100, Miss.ABSENT, 0, 0, 0, Miss.ABSENT]
-        assert memory[:1000] == data[100:1100]
-        assert memory[2000:4500] == data[1100:3600]
-        assert memory[4500:4600] == data[9900:]
-        assert set(memory[1000:2000]) | set(memory[4600:]) == {0xA5}
-
     def test_long_ranges(self, backend: S3Backend, seaweed: SeaweedFS) -> None:
         """Which are asked for in pieces, side by side."""
         data = some_bytes(13 << 20)

@@ -53,6 +53,7 @@ class S3Backend:
     """
 
     instant: ClassVar[bool] = False
+    dated: ClassVar[bool] = True
     pack_bytes: ClassVar[int] = 16 << 20  #: what a tier packs into one record, if nobody says otherwise
 
     def __init__(
