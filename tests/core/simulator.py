@@ -7,8 +7,10 @@ somebody else shows as wrong content.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lmcache_sdk.backend import leading
@@ -33,6 +35,7 @@ from lmcache_sdk.eviction import LRU, S3FIFO, Fair
 from lmcache_sdk.keys import Chain, Origin
 
 CHUNK = 2
+BASE_SEED = int(os.environ.get("LMCACHE_SDK_SEED", "20261124"))
 
 
 @dataclass
@@ -586,3 +589,16 @@ class Simulator:
         self.check()
         assert not self.core.leases and not self.core.reservations and not self.core.jobs and not self.core.probes
         assert self.core.extents.free_bytes == self.core.extents.total_bytes
+
+
+def play_all(schedules: Iterable[int], steps: int = 80) -> None:
+    """Each from its own seed, which a failure names."""
+    for seed in (BASE_SEED + number for number in schedules):
+        simulator = Simulator(seed)
+        try:
+            for _ in range(steps):
+                simulator.step()
+            simulator.finish()
+        except BaseException as error:
+            error.add_note(f"simulator seed {seed}; repeat with LMCACHE_SDK_SEED={seed}")
+            raise
