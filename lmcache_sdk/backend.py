@@ -27,7 +27,7 @@ class Miss(Enum):
 
     ABSENT = "absent"
     TOO_LARGE = "too_large"  # the record does not fit the given buffer
-    UNREADABLE = "unreadable"  # it is there, and not for this reader: it stays for whoever has the right key
+    UNREADABLE = "unreadable"  # it is there, and this reader has not the key to it
 
     def __repr__(self) -> str:
         return f"Miss.{self.name}"
@@ -47,7 +47,8 @@ class Backend(Protocol):
     Every implementation MUST:
       * make a record visible all at once: a reader sees the whole of it or nothing;
       * return for ``get`` the very bytes last put under that key, or a :class:`Miss`;
-      * never modify a buffer beyond the returned length, nor after the call has returned;
+      * never modify a buffer beyond the record's length, nor after the call has returned (what a miss leaves in it is
+        of no interest);
       * leave nothing behind for a key that was deleted, or whose ``put`` failed.
     Every call raises :class:`~lmcache_sdk.errors.BackendError` (Unavailable, Full) when the backend is in trouble.
 
@@ -195,11 +196,16 @@ class Url:
         try:
             self.port = split.port
         except ValueError:
-            raise ConfigError(f"{self.shown!r} has a port that is no number from 0 to 65535") from None
+            raise ConfigError(
+                f"{self.shown!r} has a port that is no number from 0 to 65535; in a password, # ? and / are written "
+                f"%23, %3F and %2F"
+            ) from None
         pairs = parse_qsl(split.query, keep_blank_values=True)
         self._parameters = dict(pairs)
         if len(self._parameters) != len(pairs):
             raise ConfigError(f"{self.shown!r} names a parameter twice")
+        if empty := next((name for name, value in pairs if not value), ""):
+            raise ConfigError(f"parameter {empty!r} of {self.shown!r} has no value; leave it out, or give it one")
         self._known: list[str] = []
 
     def take(self, name: str, default: str = "") -> str:

@@ -63,7 +63,8 @@ def format_size(nbytes: float) -> str:
 
 
 _SECRETS = re.compile(
-    r"(?<=://)(?P<user>[^/?#@:]*):[^?#]*@"  # up to the last @: a password may hold what was not escaped
+    # Up to the last @, since a password may hold what was not escaped; all the rest, if there is none and no port.
+    r"(?<=://)(?P<user>[^/?#@:\[]*):(?:.*@|(?!\d*(?:[/?#]|$)).*)"
     r"|(?P<name>[?&#][^=&#]*(?:password|passphrase|secret|token|credential|key)[^=&#]*)=[^&#]*",
     re.IGNORECASE,
 )
@@ -71,7 +72,13 @@ _SECRETS = re.compile(
 
 def hide_secrets(url: str) -> str:
     """The URL as messages and logs may show it."""
-    return _SECRETS.sub(lambda found: f"{found['name']}=***" if found["name"] else f"{found['user']}:***@", url)
+
+    def hidden(found: re.Match[str]) -> str:
+        if found["name"]:
+            return f"{found['name']}=***"
+        return f"{found['user']}:***" + ("@" if found[0].endswith("@") else "")
+
+    return _SECRETS.sub(hidden, url)
 
 
 def cache_home() -> Path:
@@ -135,6 +142,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         group: of a daemon: the members of this group may use it too; by default only its own user.
         require_salt: of a daemon: requests without a cache salt neither find nor store anything.
         tenants: of a daemon: quota and weight by name; those of ``*`` are for all who are not named.
+        kernels: device type -> the package whose kernels serve it, where several are installed.
+        pinning: whether an engine on an accelerator registers the pool's memory with it: ``direct``, ``staged`` (copies
+            go through a small pinned ring), or ``auto``, as the kernels prefer.
         keep_pool: of a daemon: leave the pool for the next start.
         metrics_port: of a daemon: where ``/metrics`` and ``/healthz`` are served; 0 = nowhere.
         metrics_host: the address for it. Other than loopback only with a token and TLS.
@@ -156,6 +166,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: str = ""
     require_salt: bool = False
     tenants: dict[str, Tenant] = {}
+    kernels: dict[str, str] = {}
+    pinning: str = "auto"
     keep_pool: bool = True
     metrics_port: int = 0
     metrics_host: str = "127.0.0.1"
@@ -249,6 +261,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "log_level": lambda value: _one_of(*logging.getLevelNamesMapping())(value.upper()),
     "log_format": _one_of("text", "json"),
     "eviction": _one_of("lru", "s3fifo"),
+    "pinning": _one_of("auto", "direct", "staged"),
     "metrics_port": lambda value: "" if 0 <= value < 1 << 16 else "must be a port, 0 .. 65535",
     "tenants": lambda tenants: "" if all(t.weight >= 1 for t in tenants.values()) else "must have weights from 1",
     "tiers": lambda urls: next(
@@ -275,7 +288,9 @@ def _converted(name: str, value: Any, source: str) -> Any:
     if name == "tiers":
         value = value.split() if isinstance(value, str) else _tiers(value)
     if name == "tenants":
-        value = _tenants(value)
+        value = _tenants(_mapping(value, "tenants", "{team: {quota: 2GiB, weight: 2}}"))
+    if name == "kernels":
+        value = _mapping(value, "kernels", "{cuda: lmcache-kernels-cuda}")
     try:
         # Through the whole structure, all of whose settings have defaults: the message then names the setting.
         found = getattr(msgspec.convert({name: value}, Config, strict=False), name)
@@ -309,15 +324,20 @@ def _tier(tier: Mapping[str, Any]) -> str:
     return f"{url}#{urlencode(texts, quote_via=quote)}" if texts else url
 
 
-def _tenants(value: Any) -> Any:
-    """A mapping, or one as text, with quotas as people write them; what is no such thing is for msgspec to name."""
-    if isinstance(value, str):
-        import yaml
+def _mapping(value: Any, name: str, example: str) -> Any:
+    """A mapping may be text as well, as it is in the environment."""
+    if not isinstance(value, str):
+        return value
+    import yaml
 
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"tenants must be like {{team: {{quota: 2GiB, weight: 2}}}}, got {value!r}") from error
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} must be like {example}, got {value!r}") from error
+
+
+def _tenants(value: Any) -> Any:
+    """Quotas as people write them; what is no mapping is for msgspec to name."""
     if not isinstance(value, Mapping):
         return value
     return {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lmcache_sdk.backend import Backend, Scan
 from lmcache_sdk.errors import BackendError, UnsupportedError
-from lmcache_sdk.keys import is_manifest
+from lmcache_sdk.listing import parse_key
 from lmcache_sdk.observe.logs import logger
 
 _log = logger("janitor")
@@ -42,6 +42,8 @@ def sweep(
 ) -> Swept:
     """List a store, and delete what is older than ``ttl_s`` and, oldest first, what is beyond ``size`` bytes.
 
+    What is no chunk's record is left alone and not counted: descriptions, and what others keep there.
+
     Args:
         size, ttl_s: 0 = no bound.
         keep: keys that stay for all the size says; what is too old goes nevertheless.
@@ -59,7 +61,8 @@ def sweep(
     for stat in backend.scan():
         if stopped():
             return Swept(records, nbytes, 0, 0)
-        if is_manifest(stat.key):
+        named = parse_key(stat.key)
+        if named is None or named.is_manifest:
             continue
         if not stat.modified:
             raise UnsupportedError("the store does not tell when its records were written, so size and ttl do nothing")

@@ -327,7 +327,8 @@ class Jobs:
                 for record in [self._record(entry, cell, opened)]
             ]
         else:
-            items = self._blocks(job.tier, opened, entries)
+            items, gone = self._blocks(job.tier, opened, entries)
+            alive = [entry.digest not in gone and here for entry, here in zip(job.entries, alive, strict=True)]
         tier.backend.put(items)
         self._observe(tier.name, "write", sum(len(item.data) for item in items), started)
         if isinstance(tier.backend, Touch):
@@ -337,12 +338,14 @@ class Jobs:
             tier.backend.put(opened.manifests)  # its own eviction may have taken them: they are the least used
         return alive
 
-    def _blocks(self, tier: int, opened: OpenSpace, entries: Sequence[Entry]) -> list[Item]:
+    def _blocks(self, tier: int, opened: OpenSpace, entries: Sequence[Entry]) -> tuple[list[Item], set[bytes]]:
         """The records in which chunks are to be written that are not there yet, or not where those who have just these
-        digests find them: with the chunks right before them if those are in blocks of other requests only.
+        digests find them: with the chunks right before them if those are in blocks of other requests only. And the
+        digests of those that cannot be written, since one of their block has gone.
         """
         most = opened.most_chunks(self._tiers[tier])
         items: list[Item] = []
+        gone: set[bytes] = set()
         at = 0
         while at < len(entries):
             end = at + 1
@@ -358,12 +361,14 @@ class Jobs:
             for block in blocks:
                 part = slice(block.first - max(first, 0), block.end - max(first, 0))
                 joined = [self._joined(run[part], cell, opened) for cell in range(len(opened.payload_bytes))]
-                for key, record in zip(opened.block_keys(digests[part][-1], block.size), joined, strict=True):
-                    if record is not None:
-                        items.append(Item(key, record))
+                whole = [record for record in joined if record is not None]
+                if len(whole) < len(joined):
+                    gone.update(digests[part])
+                    continue
+                items += map(Item, opened.block_keys(digests[part][-1], block.size), whole)
                 self._places[tier].note(opened.space, digests[part])
             at = end
-        return items
+        return items, gone
 
     def _before(self, entry: Entry, most: int, opened: OpenSpace) -> list[Entry]:
         """The chunks before this one, from where the largest block would begin that may hold it."""

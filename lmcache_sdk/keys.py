@@ -216,8 +216,3 @@ def key_text(origin: Origin, digest: bytes, group: str, cell: str) -> str:
 def manifest_key(namespace: str) -> str:
     """Where a tier keeps the description of a namespace, for ``lmcache-sdk ls`` and ``gc``."""
     return f"{namespace}/manifest"
-
-
-def is_manifest(key: str) -> bool:
-    """Whether a key is that of a description, rather than of a chunk."""
-    return key.endswith("/manifest")

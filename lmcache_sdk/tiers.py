@@ -57,10 +57,17 @@ def parse_tier(text: str) -> TierOptions:
     for name, _, value in (part.partition("=") for part in fragment.split("&") if part):
         option = _OPTIONS.get(name)
         if option is None:
+            if "@" in fragment:
+                raise ConfigError(
+                    f"tier {url.shown}: what stands behind # are options, and there is an @ among them; "
+                    f"a # that is part of a password is written %23"
+                )
             raise ConfigError(f"tier {url.shown}: unknown option {name!r}{_meant(name)}")
         into = wrappers if name in WRAPPERS else rules if option.of_rules else chosen
         if option.attribute in into:
             raise ConfigError(f"tier {url.shown}: option {name!r} is given twice")
+        if not value:
+            raise ConfigError(f"tier {url.shown}: option {name!r} has no value; leave it out, or give it one")
         try:
             into[option.attribute] = option.parse(unquote(value))
         except ValueError as error:  # ConfigError is one

@@ -46,7 +46,7 @@ _REMEMBERED = 1 << 14
 
 
 def wrapping(
-    *, prefix: str = "", encrypt_key_file: str = "", encrypt_key_env: str = ""
+    *, prefix: str | None = None, encrypt_key_file: str | None = None, encrypt_key_env: str | None = None
 ) -> Callable[[Backend], Backend]:
     """What wraps a backend as a user asked for it; everything is checked before a backend is opened.
 
@@ -57,22 +57,22 @@ def wrapping(
     Raises:
         ConfigError: a prefix that is none, a key that is none or cannot be read, or cryptography is not installed.
     """
-    if encrypt_key_file and encrypt_key_env:
+    if encrypt_key_file is not None and encrypt_key_env is not None:
         raise ConfigError("a tier has one key: give encrypt_key_file or encrypt_key_env, not both")
-    if prefix:
+    if prefix is not None:
         _check_prefix(prefix)
-    key = b""
-    if encrypt_key_file:
+    key: bytes | None = None
+    if encrypt_key_file is not None:
         key = key_from_file(Path(encrypt_key_file))
-    elif encrypt_key_env:
+    elif encrypt_key_env is not None:
         key = key_from_env(encrypt_key_env)
-    if key:
+    if key is not None:
         _check_key(key)
 
     def wrap(backend: Backend) -> Backend:
-        if key:  # inside, so that what is authenticated is the whole key, with its prefix
+        if key is not None:  # inside, so that what is authenticated is the whole key, with its prefix
             backend = Encrypted(backend, key)
-        return Namespaced(backend, prefix) if prefix else backend
+        return Namespaced(backend, prefix) if prefix is not None else backend
 
     return wrap
 

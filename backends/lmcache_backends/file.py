@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,13 @@ from typing import Self
 from zlib import crc32
 
 from lmcache_sdk.backend import Backend, Buffer, Item, Miss, Stat, Url, UsageReport
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.config import parse_size
 from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
 
-_CRASHED_S = 60.0  # an unfinished file to which nobody has written for so long has lost its writer
+# An unfinished file to which nobody has written for so long has lost its writer; the clocks of two machines may differ.
+_CRASHED_S = 3600.0
+_NEW = re.compile(r"[0-9a-f]{32}\.new")
 
 
 class FileBackend(Backend):
@@ -30,7 +34,7 @@ class FileBackend(Backend):
         self._root, self._size, self._evictions = directory / "records", size, 0
         self._unseen = 0  # bytes that may be written until the directory is looked at again
         self._lock = threading.Lock()
-        self._open = True
+        self._calls = Calls(str(directory), lambda: None)
         with self._call():
             directory.mkdir(exist_ok=True)
 
@@ -61,7 +65,7 @@ class FileBackend(Backend):
                 if nbytes > len(buffer):
                     return Miss.TOO_LARGE
                 return nbytes if file.readinto(buffer[:nbytes]) == nbytes else Miss.ABSENT
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # the latter: another user's
             return Miss.ABSENT
 
     def touch(self, keys: Sequence[str]) -> None:
@@ -97,28 +101,29 @@ class FileBackend(Backend):
             goal = self._size // 32 * 28 - need
             if goal < 0:
                 raise BackendFull(f"a record of {need} bytes is too large for {self._root} with size={self._size}")
-            files = sorted(self._files(), key=lambda file: file[1].st_atime_ns)
-            used = sum(stat.st_size for _, stat in files)
-            for path, stat in files:
-                finished = path.suffix != ".new"
-                if used > goal if finished else time.time() - stat.st_mtime > _CRASHED_S:
+            files = sorted(self._files(), key=lambda file: file[2].st_atime_ns)
+            used = sum(stat.st_size for *_, stat in files)
+            for path, key, stat in files:
+                if used > goal if key else time.time() - stat.st_mtime > _CRASHED_S:
                     path.unlink(missing_ok=True)
                     used -= stat.st_size
-                    self._evictions += finished
+                    self._evictions += bool(key)
             self._unseen = self._size // 32
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+    def _files(self) -> Iterator[tuple[Path, str, os.stat_result]]:
+        """What is ours. What is not finished has no key."""
         for folder, _, names in os.walk(self._root):
-            for path in (Path(folder, name) for name in names if name.endswith(("=", ".new"))):
+            for path in (Path(folder, name) for name in names):
+                key = "".join(path.relative_to(self._root).parts[1:]).replace(",", "/").removesuffix("=")
                 with suppress(FileNotFoundError):
-                    yield path, path.stat()
+                    if (new := _NEW.fullmatch(path.name)) or path == self.path_of(key):
+                        yield path, "" if new else key, path.stat()
 
     def scan(self, prefix: str = "") -> Iterator[Stat]:
         with self._call():
-            for path, stat in self._files():
-                key = "".join(path.relative_to(self._root).parts[1:]).replace(",", "/")
-                if key.startswith(prefix) and key.endswith("="):
-                    yield Stat(key[:-1], stat.st_size, stat.st_mtime)
+            for _, key, stat in self._files():
+                if key and key.startswith(prefix):
+                    yield Stat(key, stat.st_size, stat.st_mtime)
 
     def usage(self) -> UsageReport:
         sizes = [stat.nbytes for stat in self.scan()]
@@ -136,14 +141,13 @@ class FileBackend(Backend):
         return sum(there)
 
     def close(self, timeout_s: float) -> None:
-        self._open = False  # what calls that are inside use is not taken from them
+        self._calls.close(timeout_s)
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        if not self._open:
-            raise BackendUnavailable(f"{self._root} is closed")
-        try:
-            yield
-        except OSError as error:
-            kind = BackendFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackendUnavailable
-            raise kind(f"{self._root}: {error.strerror}") from error
+        with self._calls:
+            try:
+                yield
+            except OSError as error:
+                kind = BackendFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackendUnavailable
+                raise kind(f"{self._root}: {error.strerror}; it must be there, and writable") from error

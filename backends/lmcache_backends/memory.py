@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
-from lmcache_backends._calls import Calls
 from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport, leading
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.config import parse_size
 from lmcache_sdk.errors import BackendFull, ConfigError
 

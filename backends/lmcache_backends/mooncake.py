@@ -14,8 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from lmcache_backends._calls import Calls
 from lmcache_sdk.backend import Buffer, Item, Miss, Url, leading
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.config import format_size, parse_size
 from lmcache_sdk.errors import BackendError, BackendFull, BackendUnavailable, ConfigError
 from lmcache_sdk.observe.logs import logger

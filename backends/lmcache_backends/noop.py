@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from lmcache_backends._calls import Calls
 from lmcache_sdk.backend import Buffer, Item, Miss, Url
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.errors import ConfigError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -16,13 +17,13 @@ import typer
 from lmcache_sdk import __version__
 from lmcache_sdk.backend import Scan, Usage, UsageReport, install_command
 from lmcache_sdk.cli.inventory import Standing, survey
-from lmcache_sdk.cli.measure import Speed, memory_speeds, store_speeds
+from lmcache_sdk.cli.measure import Speed, device_speeds, memory_speeds, store_speeds
 from lmcache_sdk.cli.output import counted, print_json
 from lmcache_sdk.cli.settings import setting_texts
-from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, address, local_path, missing_store
+from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, address, is_shared, local_path, missing_store
 from lmcache_sdk.config import Config, default_url, format_size, hide_secrets, settle
 from lmcache_sdk.errors import BackendLocked, ConfigError, LMCacheSDKError
-from lmcache_sdk.kernels import describe_kernels, kernels_for
+from lmcache_sdk.kernels import DeviceKernels, describe_kernels, kernels_for
 from lmcache_sdk.pool import extent_bytes
 from lmcache_sdk.spec import CellGrid, namespace_of, weights_fingerprint
 from lmcache_sdk.tiers import open_tier
@@ -163,11 +164,11 @@ def _available_memory() -> int:
 def _plugins() -> Iterator[Finding]:
     for kind, source in describe_kernels().items():
         finding = Finding("installed", f"kernels {kind}", source)
-        if kind == "cpu":
-            try:
-                kernels_for(kind)
-            except LMCacheSDKError as error:
-                finding.status, finding.text = "bad", str(error)
+        try:
+            kernels_for(kind)
+        except LMCacheSDKError as error:
+            finding.status, finding.text = "bad" if kind == "cpu" else "warn", f"{source}; cannot be used: {error}"
+            finding.fix = "mend that, or uninstall the package if there is no such device here"
         yield finding
     for kind, group in _PLUGINS.items():
         for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
@@ -206,7 +207,7 @@ def _store(url: str) -> Iterator[Finding]:
                 yield _opened(url, backend.usage() if isinstance(backend, Usage) else None)
                 if isinstance(backend, Scan):
                     spaces = survey(backend).spaces.values()
-                    stale = sum(space.standing()[0] is Standing.STALE for space in spaces)
+                    stale = sum(space.standing(shared=is_shared(url))[0] is Standing.STALE for space in spaces)
                     yield _namespaces(url, len(spaces), stale)
             finally:
                 backend.close(CLOSE_TIMEOUT_S)
@@ -309,6 +310,10 @@ def _speeds(url: str) -> Iterator[Finding]:
         return found
 
     yield from map(finding, memory_speeds())
+    for kind in describe_kernels():
+        with contextlib.suppress(LMCacheSDKError):  # what cannot be used has been said
+            if isinstance(kernels := kernels_for(kind), DeviceKernels):
+                yield from map(finding, device_speeds(kernels, f"{kind}:0"))
     parsed = address(url)
     place = local_path(parsed)
     if place is None:

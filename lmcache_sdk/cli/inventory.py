@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -14,40 +13,11 @@ from lmcache_sdk.backend import Miss, Stat
 from lmcache_sdk.cli.target import Listed
 from lmcache_sdk.errors import ConfigError, RecordError
 from lmcache_sdk.keys import Origin
-from lmcache_sdk.packs import split_key
+from lmcache_sdk.listing import Key, parse_key
 from lmcache_sdk.records import HEADER_BYTES, RecordKey, check_record, read_header
 from lmcache_sdk.spec import Namespace, Producer, weights_fingerprint
 
-# The three forms of a key: a namespace's manifest, a producer's manifest, a record.
-_KEY = re.compile(
-    r"(?P<namespace>[0-9a-f]{32})/(?:manifest|(?P<producer>[0-9a-f]{16})/(?:manifest|"
-    r"(?P<fidelity>[\w.-]+)/(?P<digest>[0-9a-f]{64})/(?P<group>[\w.-]+)/(?P<cell>[\w.-]+)))",
-    re.ASCII,
-)
 _OTHER_SCHEMA = "its description is of another schema version"
-
-
-class Key(NamedTuple):
-    """The parts of a key; those that a manifest's key does not have are empty. ``size``: chunks in the record."""
-
-    namespace: str
-    producer: str
-    fidelity: str
-    digest: str
-    group: str
-    cell: str
-    size: int = 1
-
-    @property
-    def is_manifest(self) -> bool:
-        return not self.digest
-
-
-def parse_key(text: str) -> Key | None:
-    """None if it is no key of ours."""
-    text, size = split_key(text)
-    match = _KEY.fullmatch(text)
-    return Key._make([*(match[name] or "" for name in Key._fields[:-1]), size]) if match else None
 
 
 class Record(NamedTuple):
@@ -106,15 +76,24 @@ class Space:
         """Chunks of which at least one cell is there; each producer's counts."""
         return sum(k[-1] for k in {(k.producer, k.fidelity, k.digest, k.size) for _, k in self.records if k.digest})
 
+    @property
+    def is_dark(self) -> bool:
+        """Whether it has descriptions, and none of them could be read."""
+        described = self.manifest or self.fault or any(self.producers.values())
+        return not described and any(key.is_manifest for _, key in self.records)
+
     def cells(self) -> dict[tuple[str, str], int]:
         """Decoded bytes by group and name of a cell; empty if the manifest is missing."""
         spec = self.manifest.spec if self.manifest else None
         return {(cell.group, cell.name): cell.nbytes for cell in spec.cells} if spec else {}
 
-    def standing(self) -> tuple[Standing, str]:
-        """Whether the namespace is of use, and why not."""
+    def standing(self, *, shared: bool) -> tuple[Standing, str]:
+        """Whether the namespace is of use, and why not. ``shared``: other machines, with other weights, may use it."""
         if self.manifest:
-            return _weights_standing(self.manifest)
+            standing, why = _weights_standing(self.manifest)
+            if shared and standing is Standing.STALE:
+                return Standing.UNKNOWN, f"on this machine {why}"
+            return standing, why
         if self.fault:
             return Standing.STALE, self.fault
         # It is a record like others, and may be evicted before the chunks it describes, which are as good as
@@ -144,7 +123,7 @@ class Survey(NamedTuple):
     Attributes:
         spaces: by namespace.
         records: in the store's own order.
-        foreign: those whose keys are none of ours.
+        foreign: those whose keys are none of ours. Nobody here touches them.
     """
 
     spaces: dict[str, Space]
@@ -166,8 +145,14 @@ def survey(backend: Listed) -> Survey:
         space.records.append(record)
         if key.producer:
             space.producers.setdefault(key.producer, None)
-    for record, content in _contents(backend, [r for r in found.records if r.key.is_manifest]):
+    manifests = [record for record in found.records if record.key.is_manifest]
+    for record, content in _contents(backend, manifests):
         _describe(found.spaces[record.key.namespace], record, content)
+    if manifests and all(space.is_dark for space in found.spaces.values()):
+        raise ConfigError(
+            "no description in this store can be read: if it is encrypted, name its key in the URL, as the daemon has "
+            "it (#encrypt_key_file=… or #encrypt_key_env=…)"
+        )
     return found
 
 

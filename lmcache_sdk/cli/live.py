@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, Scan
+from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, RangeGet, Scan
 from lmcache_sdk.cli.target import CLOSE_TIMEOUT_S, address, local_path
 from lmcache_sdk.errors import BackendError
 from lmcache_sdk.tiers import open_tier
@@ -37,6 +37,8 @@ class _Noting(Wrapper):
     def __init__(self, inner: Backend, keys: set[str]) -> None:
         super().__init__(inner)
         self._keys = keys
+        if isinstance(inner, RangeGet):
+            self.get_ranges = inner.get_ranges
 
     def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
         self._keys.update(item.key for item in items)

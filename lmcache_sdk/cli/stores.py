@@ -12,7 +12,7 @@ import typer
 from lmcache_sdk.backend import Stat, Usage
 from lmcache_sdk.cli.inventory import Space, Standing, Survey, damaged, misfits, survey
 from lmcache_sdk.cli.output import counted, print_json, print_table
-from lmcache_sdk.cli.target import Listed, existing_store, target
+from lmcache_sdk.cli.target import Listed, existing_store, is_shared, target
 from lmcache_sdk.config import format_size, hide_secrets
 from lmcache_sdk.errors import ConfigError
 
@@ -38,7 +38,7 @@ def ls(url: UrlArgument = None, json: JsonOption = False) -> None:
     """
     with existing_store(target(url)) as backend:
         found = survey(backend)
-    rows = [_listed(space) for space in found.spaces.values()]
+    rows = [_listed(space, is_shared(target(url))) for space in found.spaces.values()]
     rows.sort(key=lambda row: -row["bytes"])
     if json:
         print_json(rows)
@@ -60,8 +60,8 @@ def ls(url: UrlArgument = None, json: JsonOption = False) -> None:
         )
 
 
-def _listed(space: Space) -> dict[str, Any]:
-    standing, why = space.standing()
+def _listed(space: Space, shared: bool) -> dict[str, Any]:
+    standing, why = space.standing(shared=shared)
     manifest = space.manifest
     return {
         "namespace": space.id,
@@ -148,7 +148,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete the records of one namespace, or all of a store.
+    """Delete the records of one namespace, or all of this program in a store.
 
     The store reuses their space; its files do not shrink.
     """
@@ -156,7 +156,7 @@ def clear(
         found = survey(backend)
         if namespace is None:
             chosen = list(found.spaces.values())
-            stats = [*found.foreign, *(record.stat for record in found.records)]
+            stats = [record.stat for record in found.records]
         else:
             chosen = [_space(found, namespace)]
             stats = [record.stat for record in chosen[0].records]
@@ -208,17 +208,22 @@ def gc(
         bool, typer.Option("--verify", help="Read every record and check its header and payload.")
     ] = False,
     unknown: Annotated[
-        bool, typer.Option("--unknown", help="Also drop namespaces whose description is missing.")
+        bool,
+        typer.Option(
+            "--unknown",
+            help="Also drop namespaces whose description is missing, or whose weights this machine has not.",
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Drop stale namespaces and broken records from a store.
 
-    Without --verify only what shows without reading is found broken: keys that are none, cells that the
-    namespace does not have, records too short for a header.
+    Without --verify only what shows without reading is found broken: cells that the namespace does not have,
+    records too short for a header. What others keep in the store is left alone.
     """
     with existing_store(target(url)) as backend:
-        drops = _unusable(backend, survey(backend), verify=verify, unknown=unknown)
+        shared = is_shared(target(url))
+        drops = _unusable(backend, survey(backend), shared=shared, verify=verify, unknown=unknown)
         if not dry_run:
             for drop in drops:
                 _delete(backend, drop.stats)
@@ -246,12 +251,12 @@ def gc(
     typer.echo(f"{verb} {counted(records, 'record')}, {format_size(nbytes)}" if drops else "nothing to drop")
 
 
-def _unusable(backend: Listed, found: Survey, *, verify: bool, unknown: bool) -> list[_Drop]:
+def _unusable(backend: Listed, found: Survey, *, shared: bool, verify: bool, unknown: bool) -> list[_Drop]:
     drops = []
     kept: dict[str, Space] = {}
     for space in found.spaces.values():
-        standing, why = space.standing()
-        if standing is Standing.STALE or (unknown and not space.manifest):
+        standing, why = space.standing(shared=shared)
+        if standing is Standing.STALE or (unknown and standing is Standing.UNKNOWN):
             stats = [record.stat for record in space.records]
             drops.append(_Drop(space.id, space.label, f"{standing.value}: {why}", True, stats))
         else:
@@ -272,8 +277,6 @@ def _unusable(backend: Listed, found: Survey, *, verify: bool, unknown: bool) ->
             broken[record.key.namespace, why].append(record.stat)
     for (name, why), stats in broken.items():
         drops.append(_Drop(name, kept[name].label, f"broken: {why}", False, stats))
-    if found.foreign:
-        drops.append(_Drop("", "", "broken: not a key of this program", False, found.foreign))
     return drops
 
 

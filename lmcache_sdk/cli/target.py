@@ -34,6 +34,11 @@ def local_path(url: Url) -> Path | None:
     return Path(url.path) if not url.host and len(url.path) > 1 else None
 
 
+def is_shared(url: str) -> bool:
+    """Whether other machines may use the store: all that is not a disk of this one, and of one process at a time."""
+    return address(url).scheme != "lmdb"
+
+
 def missing_store(url: Url) -> Path | None:
     """The local directory in which opening this URL would make a store; None if it would not."""
     place = local_path(url)

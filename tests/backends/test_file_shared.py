@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,17 +135,20 @@ def test_what_a_crashed_writer_left_is_removed(tmp_path: Path) -> None:
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item("k", b"1")])
     folder = backend.path_of("k").parent
-    left, under_way, foreign = folder / "left.new", folder / "under-way.new", folder / "README"
-    for file in (left, under_way, foreign):
+    left, under_way = folder / f"{'a' * 32}.new", folder / f"{'b' * 32}.new"
+    theirs = [folder / "contract.new", folder / "YWJj=", tmp_path / "kv" / "records" / "2024" / "draft.new"]
+    for file in (left, under_way, *theirs):
+        file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes(1000))
-    for file in (left, foreign):
-        os.utime(file, (time.time() - 100, time.time() - 100))
+    for file in (left, *theirs):
+        os.utime(file, (time.time() - 4000, time.time() - 4000))
     again = FileBackend(tmp_path / "kv", SIZE)
     assert [stat.key for stat in again.scan()] == ["k"]
     again.put([item("other", b"2")])
     assert not left.exists()
     assert under_way.exists()
-    assert foreign.exists()
+    assert all(file.exists() for file in theirs)
+    assert again.usage().records == 2
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -193,3 +200,45 @@ def test_a_directory_that_goes_away(tmp_path: Path) -> None:
 def test_bad_urls(url: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         FileBackend.from_url(Url(url))
+
+
+def test_a_record_that_may_not_be_read_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FileBackend(tmp_path / "kv", SIZE)
+    backend.put([item(key, key.encode()) for key in "abc"])
+    forbidden = backend.path_of("b")
+    real = Path.open
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == forbidden and os.geteuid() == 0:  # whom no mode keeps out
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *arguments, **named)
+
+    forbidden.chmod(0)
+    monkeypatch.setattr(Path, "open", opened)
+    buffers = [memoryview(bytearray(1)) for _ in "abc"]
+    assert backend.get(list("abc"), buffers) == [1, Miss.ABSENT, 1]
+
+
+def test_close_waits_for_the_calls_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their buffers are theirs until they return."""
+    backend = FileBackend(tmp_path / "kv", SIZE)
+    backend.put([item("k", b"data")])
+    inside, go_on, real = threading.Event(), threading.Event(), Path.open
+
+    def slow(path: Path, *arguments: Any, **named: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", slow)
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(read, backend, "k")
+        assert inside.wait(30)
+        closing = pool.submit(backend.close, 30)
+        with pytest.raises(TimeoutError):
+            closing.result(0.2)
+        go_on.set()
+        assert reading.result(30) == b"data"
+        closing.result(30)
+    with pytest.raises(BackendUnavailable, match="is closed"):
+        backend.contains(["k"])

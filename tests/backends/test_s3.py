@@ -20,7 +20,8 @@ from obstore.store import S3Store
 
 from lmcache_backends.s3 import S3Backend
 from lmcache_backends.s3.names import folder_of, key_of, name_of
-from lmcache_sdk.backend import KEY_LIMIT, Miss, Range, Url, open_backend
+from lmcache_sdk.backend import KEY_LIMIT, Miss, Range, RangeGet, Url, open_backend
+from lmcache_sdk.cli.live import LiveStore
 from lmcache_sdk.errors import BackendUnavailable, ConfigError
 from lmcache_sdk.open import LocalCache
 from lmcache_sdk.store import Store, Tier
@@ -106,7 +107,7 @@ class TestNames:
         folder = folder_of(key[:length])
         assert not folder or name_of(key).startswith(folder + "/")
 
-    @pytest.mark.parametrize("name", ["somebody's", "a/b", "a/", "a//b!", "../a!", "!!a!", "a!b!"])
+    @pytest.mark.parametrize("name", ["somebody's", "a/b", "a/", "a//b!", "../a!", "!!a!", "a!b!", "photos/In Rome!"])
     def test_what_others_put_there_is_no_key(self, name: str) -> None:
         assert key_of(name) is None
 
@@ -233,6 +234,10 @@ class TestObjects:
         connector.close()
         cache.close()
 
+    def test_a_check_reads_ranges_as_well(self, seaweed: SeaweedFS) -> None:
+        with LiveStore(seaweed.url()) as live, live.opened("x") as part:
+            assert isinstance(part, RangeGet)
+
     def test_the_bucket_in_the_hosts_name(self, seaweed: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> None:
         """Which no name server here knows: the server is its own proxy."""
         monkeypatch.setenv("http_proxy", seaweed.endpoint)
@@ -295,6 +300,10 @@ class TestBadInput:
             ("s3://bucket?timeout=-1", "timeout"),
             ("s3://bucket?timeout=nan", "timeout"),
             ("s3://bucket?ca=/no/such.pem", "/no/such.pem"),
+            (f"s3://bucket?ca={__file__}", "holds no certificates in PEM form"),
+            ("s3://bucket?endpoint=http://127.0.0.1:99999", "https://s3.example.com:9000"),
+            ("s3://bucket?endpoint=http://127.0.0.1:9000x", "https://s3.example.com:9000"),
+            ("s3://bucket?endpoint=http://127.0.0.1:9000&style=virtual", "use path"),
             ("s3://bucket?profile=nobody", "has no profile 'nobody'"),
             ("s3://bucket?profile=role", "export its credentials"),
         ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from lmcache_backends.memory import MemoryBackend
 from lmcache_backends.noop import NoopBackend
@@ -26,6 +27,7 @@ from lmcache_sdk.backend import (
     Usage,
     open_backend,
 )
+from lmcache_sdk.cli import app
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.keys import Chain, Origin, key_text
 from lmcache_sdk.open import LocalCache
@@ -280,6 +282,35 @@ def test_a_store_on_a_tampered_tier_misses_and_heals(tmp_path: Path) -> None:
     chunks, rows, undecryptable = life()
     assert (chunks, undecryptable) == (5, 0)
     assert np.array_equal(rows, expected)
+
+
+def test_an_encrypted_store_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+    """The commands for stores say that the key is missing, and delete nothing."""
+    for name in ("ours", "another"):
+        (tmp_path / name).write_bytes(name.ljust(32).encode())
+    url = f"lmdb://{tmp_path}/store?size=64MiB"
+    tier = Tier("t", Encrypted(open_backend(url), b"ours".ljust(32)))
+    cache, engine = LocalCache(Store([tier], pool_bytes=1 << 20), namespace(), PRODUCER), PagedEngine()
+    connector = engine.connect(cache)
+    store(cache, engine, connector, TOKENS)
+    connector.close()
+    cache.close()
+
+    def keys() -> list[str]:
+        backend = open_backend(url)
+        assert isinstance(backend, Scan)
+        found = sorted(stat.key for stat in backend.scan())
+        backend.close(5)
+        return found
+
+    before = keys()
+    for options in ("", f"#encrypt_key_file={tmp_path}/another"):
+        for command in (["gc", "--verify"], ["gc", "--unknown"], ["ls"]):
+            result = CliRunner().invoke(app, [*command, url + options])
+            assert result.exit_code == 2 and "name its key in the URL" in " ".join(result.stderr.split())
+    assert keys() == before
+    result = CliRunner().invoke(app, ["gc", "--verify", f"{url}#encrypt_key_file={tmp_path}/ours"])
+    assert result.stdout == "nothing to drop\n"
 
 
 # What a user gives

@@ -209,14 +209,15 @@ def test_every_test_of_the_suite_belongs_to_a_must() -> None:
 def test_tools_take_the_options_of_a_tier(tmp_path: Path) -> None:
     """What `ls`, `clear` and `doctor` look at is what the cache uses."""
     url = f"lmdb://{tmp_path}/store?size=64MiB"
+    key = f"{'a' * 32}/{'b' * 16}/exact/{'c' * 64}/full/L0-1.H0-1"
     for part in ("", "#prefix=teamA"):
         backend = open_tier(url + part).backend
-        backend.put([item(f"key/of{part[1:]}", b"1")])
+        backend.put([item(key, b"1")])
         backend.close(5)
     call = CliRunner().invoke
     assert json.loads(call(app, ["du", "--json", f"{url}#prefix=teamA"]).stdout)["total"]["records"] == 1
     assert call(app, ["doctor", "--no-measure", "--url", f"{url}#prefix=teamA"]).exit_code == 0
     assert call(app, ["clear", "--yes", f"{url}#prefix=teamA"]).exit_code == 0
     backend = open_tier(url).backend
-    assert backend.contains(["key/of", "teamA/key/ofprefix=teamA"]) == [True, False]
+    assert backend.contains([key, f"teamA/{key}"]) == [True, False]
     backend.close(5)

@@ -50,12 +50,17 @@ def test_every_setting_can_come_from_everywhere(tmp_path: Path) -> None:
         "wait_s": 0.5, "log_level": "DEBUG", "log_format": "json", "socket": "/run/kv.sock", "group": "users",
         "tiers": ("lmdb:///a?size=1GiB", "memory://"), "require_salt": True, "keep_pool": False, "metrics_port": 9100,
         "metrics_host": "::1", "metrics_token_file": "/t", "metrics_cert": "/c", "metrics_key": "/k",
-        "eviction": "s3fifo", "tenants": {"a": Tenant(quota=1 << 20, weight=2)},
+        "eviction": "s3fifo", "tenants": {"a": Tenant(quota=1 << 20, weight=2)}, "kernels": {"cuda": "mine"},
+        "pinning": "staged",
     }  # fmt: skip
     assert set(values) == set(Config.__struct_fields__)
     expected = Config(**values)
     assert load_config(values, environment={}) == expected
-    texts = values | {"tiers": "lmdb:///a?size=1GiB memory://", "tenants": "{a: {quota: 1MiB, weight: 2}}"}
+    texts = values | {
+        "tiers": "lmdb:///a?size=1GiB memory://",
+        "tenants": "{a: {quota: 1MiB, weight: 2}}",
+        "kernels": "{cuda: mine}",
+    }
     assert load_config(environment={f"LMCACHE_SDK_{k.upper()}": str(v) for k, v in texts.items()}) == expected
     assert load_config(values | {"tiers": list(values["tiers"])}, environment={}) == expected
     file = write(tmp_path / "c.yaml", "".join(f"{k}: {v}\n" for k, v in texts.items()))
@@ -192,6 +197,11 @@ def test_a_level_in_small_letters_will_do() -> None:
     [
         ("redis://me:secret@host/1?a=b", "redis://me:***@host/1?a=b"),
         ("redis://:sec/r@et@host", "redis://:***@host"),
+        ("redis://:se?c#ret@host/0", "redis://:***@host/0"),
+        ("redis://:sec", "redis://:***"),
+        ("redis://host:63x9/0", "redis://host:***"),
+        ("redis://host:6379/0?ttl=1d", "redis://host:6379/0?ttl=1d"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
         ("s3://b/p?access_key_id=1&secret_key=2&region=x", "s3://b/p?access_key_id=***&secret_key=***&region=x"),
         ("redis://me@host", "redis://me@host"),
         ("lmdb:///a@b?size=1GiB", "lmdb:///a@b?size=1GiB"),

@@ -54,7 +54,11 @@ def test_what_is_no_rule_of_the_core() -> None:
         ("wirte=back", "unknown option 'wirte'; did you mean 'write'?"),
         ("colour=red", "unknown option 'colour'; known are: name, write, back, admit"),
         ("write=later", "write: 'later' is none of through, back, evict"),
-        ("admit=", "admit: '' is none of always, second"),
+        ("admit=", "option 'admit' has no value"),
+        ("admit=twice", "admit: 'twice' is none of always, second"),
+        ("encrypt_key_file=", "option 'encrypt_key_file' has no value"),
+        ("encrypt_key_env", "option 'encrypt_key_env' has no value"),
+        ("prefix=", "option 'prefix' has no value"),
         ("promote=true", "promote: 'true' is neither yes nor no"),
         ("min_tokens=-1", "min_tokens: '-1' is not a whole number from 0"),
         ("failures=0", "failures: '0' is not a whole number from 1"),
@@ -65,7 +69,7 @@ def test_what_is_no_rule_of_the_core() -> None:
         ("name=pool", "name: 'pool' cannot be a tier's name"),
         ("name=a b", "name: 'a b' cannot be a tier's name"),
         ("write=back&write=evict", "option 'write' is given twice"),
-        ("write", "write: '' is none of"),
+        ("write", "option 'write' has no value"),
     ],
 )
 def test_a_wrong_option_is_named_and_no_secret(option: str, message: str) -> None:

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Self, TypeVar
 import lmdb
 import numpy as np
 
-from lmcache_backends._calls import Calls
 from lmcache_backends.lmdb.environment import DAMAGE, open_records
 from lmcache_backends.lmdb.home import Home, last_size
 from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.config import format_size, parse_size
 from lmcache_sdk.errors import BackendError, BackendFull, BackendUnavailable, ConfigError
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
-from lmcache_backends._calls import Calls
 from lmcache_backends.redis.link import Link, ProtocolError, Refused, Reply, bulk, command
 from lmcache_backends.redis.servers import Node, Part, connect
 from lmcache_backends.redis.settings import Settings, read
 from lmcache_backends.redis.trouble import refusal
 from lmcache_sdk.backend import Buffer, Item, Miss, Stat, Url, UsageReport, leading
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.errors import BackendUnavailable
 
 _DEPTH = 2  # values asked for at a time; more makes the server queue them, which halves its speed

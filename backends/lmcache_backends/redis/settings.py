@@ -61,7 +61,7 @@ def read(url: Url) -> Settings:
         scheme=url.scheme,
         shown=url.shown,
         host=url.hostname or "",
-        port=url.port or 6379,
+        port=6379 if url.port is None else url.port,
         path=url.path if unix else "",
         username=username,
         password=password,

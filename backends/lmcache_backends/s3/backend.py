@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +21,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import S3Store
 
-from lmcache_backends._calls import Calls
 from lmcache_backends.s3.credentials import from_file
 from lmcache_backends.s3.names import folder_of, key_of, name_of
 from lmcache_backends.s3.trouble import trouble
 from lmcache_sdk.backend import Buffer, Item, Miss, Range, Stat, Url, leading
+from lmcache_sdk.calls import Calls
 from lmcache_sdk.errors import BackendError, BackendUnavailable, ConfigError
 
 _T = TypeVar("_T")
@@ -136,6 +138,10 @@ class S3Backend:
         url.finish()
         if style not in ("path", "virtual"):
             raise ConfigError(f"style is path or virtual, got {style!r}")
+        if style == "virtual" and _is_number(urlsplit(arguments["endpoint"]).hostname or ""):
+            raise ConfigError(
+                f"style=virtual puts the bucket before the server's name, and {endpoint} has none; use path"
+            )
         return cls(url.host, **arguments)
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
@@ -363,10 +369,22 @@ def _fill(buffers: Sequence[Buffer], data: memoryview) -> int:
 
 
 def _endpoint(text: str) -> str:
-    split = urlsplit(text)
-    if text and (split.scheme not in ("http", "https") or not split.hostname or split.query or "@" in split.netloc):
+    try:
+        split = urlsplit(text)
+        good = split.scheme in ("http", "https") and split.hostname and split.port != 0 and not split.query
+    except ValueError:  # a port that is none
+        good = False
+    if text and (not good or "@" in text):
         raise ConfigError(f"an endpoint is like https://s3.example.com:9000, got {text.rpartition('@')[2]!r}")
     return text.rstrip("/")
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _at_bucket(endpoint: str, bucket: str) -> str:
@@ -375,10 +393,16 @@ def _at_bucket(endpoint: str, bucket: str) -> str:
 
 
 def _certificates(path: str) -> bytes:
+    if not path:
+        return b""
     try:
-        return Path(path).read_bytes() if path else b""
+        text = Path(path).read_bytes()
+        ssl.create_default_context(cadata=text.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"ca={path} holds no certificates in PEM form") from None
     except OSError as error:
         raise ConfigError(f"cannot read the certificates in ca={path}: {error.strerror}") from error
+    return text
 
 
 def _connections(text: str) -> int:

@@ -10,8 +10,10 @@ some: empty segments, ``.`` and ``..``. So ``!``, which no key has, marks what i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+_KEY = re.compile(r"[A-Za-z0-9._/-]*")
 _LONGEST = 200  # folders' names may have 255
 
 
@@ -29,7 +31,7 @@ def folder_of(prefix: str) -> str:
 def key_of(name: str) -> str | None:
     """The key that an object is named for; None for what was put there by others."""
     key = "".join(_read(name.removesuffix("!")))[1:]
-    return key if "!" not in key and name_of(key) == name else None
+    return key if _KEY.fullmatch(key) and name_of(key) == name else None
 
 
 def _written(segment: str) -> str:
