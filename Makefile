@@ -7,7 +7,7 @@ NOX = $(TOOLS) nox
 
 # make test ENGINE=hf: that engine's suite only, beside those without an engine.
 ENGINES = hf
-SUITES = lint bare core daemon backends $(or $(ENGINE),$(ENGINES))
+SUITES = lint bare core daemon backends kernels $(or $(ENGINE),$(ENGINES))
 
 .PHONY: help demo test test-fast test-full soak lint bench nox clean
 

@@ -18,7 +18,7 @@ import environments
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "bare", "core", "daemon", "backends", "hf", "vllm"]
+nox.options.sessions = ["lint", "bare", "core", "daemon", "backends", "kernels", "hf", "vllm"]
 
 TEST_VARIABLES = {
     # OpenMP threads that spin while they wait take the cores from each other on a small machine.
@@ -93,6 +93,13 @@ def backends(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """The kernel packages without a device: an interpreter, stand-ins for drivers, a pretend NPU, cross-compilation."""
+    variables = {**TEST_VARIABLES, "TRITON_DEFAULT_FP_FUSION": "0"}
+    run(session, "kernels", *PYTEST, "tests/kernels", *session.posargs, **variables)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Daemon and engines killed at random under load, for minutes; every load is compared with what was stored."""
     run(session, "core", "python", "tests/daemon/soak.py", *session.posargs, **TEST_VARIABLES)
@@ -146,7 +153,7 @@ def bench(session: nox.Session) -> None:
     """Ratios to references that are measured in the same run."""
     # The benchmarks are not in the wheel: they are found in the current directory.
     variables = {key: value for key, value in TEST_VARIABLES.items() if key != "PYTHONSAFEPATH"}
-    environment = next((name for name in ("backends", "vllm") if name in session.posargs), "hf")
-    if environment == "vllm":
+    environment = next((name for name in ("backends", "vllm", "sglang") if name in session.posargs), "hf")
+    if environment in ("vllm", "sglang"):
         variables["LMCACHE_SDK_TEST_MODEL"] = model_directory(session)
     run(session, environment, "python", "-m", "benchmarks.run", "--out", "bench.json", *session.posargs, **variables)

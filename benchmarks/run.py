@@ -12,8 +12,8 @@ import msgspec
 
 from benchmarks.harness import Row, table
 
-CORE = ("core", "kernels", "daemon", "tiers")
-ENGINES = {"hf": ("hf",), "vllm": ("vllm",)}
+CORE = ("core", "kernels", "device", "daemon", "tiers")
+ENGINES = {"hf": ("hf",), "vllm": ("vllm",), "sglang": ("sglang", "sglang_linker")}
 PARTS = {"backends": ("file", "redis", "s3", "mooncake")}
 
 

@@ -4,6 +4,7 @@ LMCacheSDKError
 ├── ConfigError            a setting, URL or argument is wrong              (also ValueError)
 ├── UnsupportedError       a model, layout or engine feature refused by name (also ValueError)
 ├── LayoutError            engine memory is not what was declared           (also ValueError)
+├── DeviceError            an accelerator or its driver failed
 ├── RecordError            stored bytes are not the record that was asked for
 └── BackendError           a storage backend failed
     ├── BackendUnavailable   it cannot be reached or used now               (also ConnectionError)
@@ -29,6 +30,10 @@ class UnsupportedError(LMCacheSDKError, ValueError):
 
 class LayoutError(LMCacheSDKError, ValueError):
     """Engine memory does not have the declared shape, or failed its proof at registration."""
+
+
+class DeviceError(LMCacheSDKError):
+    """An accelerator or its driver failed. What had been queued there may have happened, or not."""
 
 
 class RecordError(LMCacheSDKError):

@@ -75,12 +75,12 @@ def _prove_layer(
             f"layer {layer} of group {group.name!r}: the declared layout does not read what the engine wrote "
             f"({wrong} of {wanted.size} bytes differ); planes: " + "; ".join(plane.name for plane in planes)
         )
-    written = _raw(planes, plan.slots, kernels)
+    written = _raw(planes, plan, kernels)
     kernels.scatter(planes, (0, heads), plan, np.zeros_like(wanted))
-    if written and all(np.array_equal(a, b) for a, b in zip(written, _raw(planes, plan.slots, kernels), strict=True)):
+    if written and all(np.array_equal(a, b) for a, b in zip(written, _raw(planes, plan, kernels), strict=True)):
         raise LayoutError(f"layer {layer} of group {group.name!r}: writing does not reach the engine's memory")
     kernels.scatter(planes, (0, heads), plan, wanted)
-    for plane, before, after in zip(planes, written, _raw(planes, plan.slots, kernels), strict=True):
+    for plane, before, after in zip(planes, written, _raw(planes, plan, kernels), strict=True):
         if not np.array_equal(before, after):
             raise LayoutError(f"{plane.name}: our write differs from the engine's own")
 
@@ -109,9 +109,9 @@ def _numbers(random: np.random.Generator, shape: tuple[int, int, int], dtype: st
     return np.ascontiguousarray(raw).reshape(shape[0], shape[1], -1)
 
 
-def _raw(planes: Sequence[Plane], slots: Slots, kernels: Kernels) -> list[Bytes]:
+def _raw(planes: Sequence[Plane], plan: Plan, kernels: Kernels) -> list[Bytes]:
     """All bytes from the first to the last element of each page's chosen slots, whatever lies between them."""
-    found = []
+    found, slots = [], plan.slots
     for plane in planes:
         spans = []
         for page in np.unique(slots // plane.page_tokens):
@@ -125,13 +125,9 @@ def _raw(planes: Sequence[Plane], slots: Slots, kernels: Kernels) -> list[Bytes]
                 + plane.itemsize
             )
             span = Plane("raw", 0, "k", start, 1, 1, 1, nbytes, "uint8", Strides(0, 0, 0, 1), plane.owner)
-            layout = KVLayout((span,), device=_device(plane))
+            layout = KVLayout((span,), plan.device)
             into = np.empty(nbytes, dtype=np.uint8)
             kernels.gather((span,), (0, 1), kernels.plan(layout, [0]), into)
             spans.append(into)
         found.append(np.concatenate(spans))
     return found
-
-
-def _device(plane: Plane) -> str:
-    return str(getattr(plane.owner, "device", "cpu"))

@@ -48,7 +48,8 @@ class Environment:
     are Debian's, to be unpacked beside them: groups of names that are of use only together.
 
     `pinned` is a file that is installed as it stands, without asking its packages what else they want; `alias` is the
-    name and version under which one of them is looked for, too.
+    name and version under which one of them is looked for, too. `beside` are folders of this checkout whose wheels lie
+    beside the project's.
     """
 
     requirements: tuple[str, ...]
@@ -57,6 +58,7 @@ class Environment:
     pinned: str | None = None
     alias: tuple[str, str] | None = None
     project: bool = True
+    beside: tuple[str, ...] = ()
 
 
 # The servers that the storage backends are tried on, and what mooncake's programs link to.
@@ -74,6 +76,7 @@ ENVIRONMENTS = {
     "core": Environment(("runtime", "test")),
     "oldest": Environment(("oldest", "test")),
     "backends": Environment(("runtime", "test", "backends"), packages=SERVERS),
+    "kernels": Environment(("runtime", "test", "kernels"), torch="torch", beside=("kernels/cuda", "kernels/ascend")),
     "hf": Environment(("runtime", "test", "hf"), torch="torch"),
     # `vllm serve` asks for its own version by the name of the CUDA build; "cpu" in it is how vLLM knows where it runs.
     "vllm": Environment(("test",), torch="torch", pinned="vllm", alias=("vllm", "0.32.0+cpu")),
@@ -245,9 +248,9 @@ def pip(folder: Path, *arguments: str, python: Path | None = None) -> None:
     check_call([str(python_in(folder)), "-m", "pip", *options, *arguments])
 
 
-def check_call(command: list[str]) -> None:
+def check_call(command: list[str], cwd: Path = ROOT) -> None:
     """Runs a command silently, unless it fails: then what it printed is the message of a BuildError."""
-    done = subprocess.run(command, cwd=ROOT, env=clean_environ(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=cwd, env=clean_environ(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"exit status {done.returncode} of {' '.join(command)}\n{done.stdout}{done.stderr}")
 
@@ -267,25 +270,27 @@ def install(name: str) -> Path:
         return environment
     tools = build("tools")
     with tempfile.TemporaryDirectory() as scratch:
-        check_call([str(python_in(tools)), "-m", "hatchling", "build", "-t", "wheel", "-d", scratch])
-        (wheel,) = Path(scratch).glob("*.whl")
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        for room in (".", *ENVIRONMENTS[name].beside):
+            command = [str(python_in(tools)), "-m", "hatchling", "build", "-t", "wheel", "-d", scratch]
+            check_call(command, cwd=ROOT / room)
+        wheels = sorted(Path(scratch).glob("*.whl"))
+        digest = hashlib.sha256(b"".join(wheel.read_bytes() for wheel in wheels)).hexdigest()
         layers = cache_root() / "projects"
         layer = complete(
             layers / f"{environment.name}-{digest[:12]}",
-            lambda folder: make_layer(environment, tools, wheel, folder),
+            lambda folder: make_layer(environment, tools, wheels, folder),
         )
     os.utime(layer / STAMP)
     drop_old_layers(layers)
     return layer
 
 
-def make_layer(environment: Path, tools: Path, wheel: Path, folder: Path) -> None:
+def make_layer(environment: Path, tools: Path, wheels: list[Path], folder: Path) -> None:
     check_call([str(python_in(environment)), "-m", "venv", "--without-pip", str(folder)])
     packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     (folder / packages / "environment.pth").write_text(f"{environment / packages}\n")
     (folder / "environment").symlink_to(environment)
-    pip(tools, "install", "--no-deps", "--no-index", str(wheel), python=python_in(folder))
+    pip(tools, "install", "--no-deps", "--no-index", *map(str, wheels), python=python_in(folder))
 
 
 def drop_old_layers(layers: Path) -> None:

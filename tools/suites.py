@@ -39,6 +39,7 @@ SUITES = {
     "daemon": Suite("core", 240),
     "backends": Suite("backends", 360),
     "oldest": Suite("oldest", 240),
+    "kernels": Suite("kernels", 180),
     "hf": Suite("hf", 180, prepare=("model",)),
     "vllm": Suite("vllm", 480, prepare=("model",)),
     "sglang": Suite("sglang", 540),

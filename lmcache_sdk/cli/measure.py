@@ -1,4 +1,4 @@
-"""How fast this machine moves KV, each beside what limits it. Seconds in all; no engine, no torch."""
+"""How fast this machine moves KV, each beside what limits it. Seconds in all; no engine, torch only for a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache_sdk.backend import Backend, Item, open_backend
-from lmcache_sdk.kernels import kernels_for
+from lmcache_sdk.errors import DeviceError
+from lmcache_sdk.kernels import DeviceKernels, host_buffer, kernels_for
 from lmcache_sdk.keys import Chain
-from lmcache_sdk.layout import KVLayout, Plane
+from lmcache_sdk.layout import KVLayout, Plane, Strides
 from lmcache_sdk.records import checksum
 
 # Of the usual small model: 8 layers of 8 heads of 128, bf16; chunks of 64 tokens, pages of 16.
@@ -89,24 +91,8 @@ def memory_speeds() -> Iterator[Speed]:
     def copy() -> None:
         np.copyto(target, source)
 
-    engine = source.view(np.uint16).reshape(_LAYERS, 2, _TOKENS // _PAGE, _PAGE, _HEADS, _DIM)
-    layout = KVLayout(
-        tuple(
-            Plane.of(
-                engine[layer, at],
-                ("page", "token", "head", "dim"),
-                group="full",
-                layer=layer,
-                role=role,
-                dtype="bfloat16",
-            )
-            for layer in range(_LAYERS)
-            for at, role in enumerate("kv")
-        )
-    )
-    pages = rng.permutation(_TOKENS // _PAGE)
-    slots = (pages[:, None] * _PAGE + np.arange(_PAGE)).reshape(_CHUNKS, _CHUNK)
-    planes = layout.planes_of("full", range(_LAYERS))
+    layout = _paged(source.__array_interface__["data"][0], source, "cpu")
+    slots, planes = _slots(rng), layout.planes_of("full", range(_LAYERS))
     kernels = kernels_for("cpu")
 
     def run(kernel: Callable[..., None]) -> None:
@@ -118,6 +104,53 @@ def memory_speeds() -> Iterator[Speed]:
     yield _pair("scatter to pages", lambda: run(kernels.scatter), plain, copy, _BYTES / _GB, expected=0.3)
     yield _pair("checksum (xxh3)", lambda: checksum(source.data), plain, copy, _BYTES / _GB, expected=0.3)
     yield _keys(rng)
+
+
+def device_speeds(kernels: DeviceKernels, device: str) -> Iterator[Speed]:
+    """Copies between a device and pinned memory of the host, beside one transfer of the same bytes.
+
+    Raises:
+        DeviceError: there is no such device, or it cannot be used.
+    """
+    memory, pinned, queue = kernels.allocate(device, _BYTES), host_buffer(_BYTES), kernels.stream(device)
+    if not (answer := kernels.pin(pinned)):
+        raise DeviceError(f"{_BYTES} bytes of host memory cannot be pinned for {device}: {answer.why}")
+    layout = _paged(memory.base, memory.owner, device)
+    slots, planes = _slots(np.random.default_rng(0)), layout.planes_of("full", range(_LAYERS))
+    whole = Plane("whole", 0, "latent", memory.base, 1, 1, 1, _BYTES, "uint8", Strides(0, 0, 0, 1), memory.owner)
+    first = kernels.plan(KVLayout((whole,), device), [0])
+
+    def run(copy: Callable[..., None]) -> None:
+        for part, chunk in zip(slots, pinned.reshape(_CHUNKS, -1), strict=True):
+            copy(planes, (0, _HEADS), kernels.plan(layout, part), chunk)
+        queue.record().wait()
+
+    def at_once(copy: Callable[..., None]) -> None:
+        copy((whole,), (0, 1), first, pinned)
+        queue.record().wait()
+
+    try:
+        for name, copy in ((f"gather from {device}", queue.gather), (f"scatter to {device}", queue.scatter)):
+            yield _pair(name, partial(run, copy), "one transfer", partial(at_once, copy), _BYTES / _GB, expected=0.5)
+    finally:
+        kernels.unpin(pinned)
+
+
+def _paged(base: int, owner: object, device: str) -> KVLayout:
+    """``_BYTES`` of memory as the pages of the usual model: each layer's K, then its V."""
+    row, pages = _HEADS * _DIM * 2, _TOKENS // _PAGE
+    strides = Strides(_PAGE * row, row, _DIM * 2, 2)
+    planes = (
+        Plane("full", layer, role, base + at * _TOKENS * row, pages, _PAGE, _HEADS, _DIM, "bfloat16", strides, owner)
+        for at, (layer, role) in enumerate(product(range(_LAYERS), "kv"))
+    )
+    return KVLayout(tuple(planes), device)
+
+
+def _slots(rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Of permuted pages, [chunks, tokens]."""
+    pages = rng.permutation(_TOKENS // _PAGE)
+    return (pages[:, None] * _PAGE + np.arange(_PAGE)).reshape(_CHUNKS, _CHUNK)
 
 
 def _keys(rng: np.random.Generator) -> Speed:

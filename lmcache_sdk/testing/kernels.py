@@ -18,6 +18,7 @@ whole.
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ import numpy.typing as npt
 import pytest
 
 from lmcache_sdk.errors import LayoutError
-from lmcache_sdk.kernels import Kernels
+from lmcache_sdk.kernels import CopyStream, DeviceKernels, Kernels, host_buffer
 from lmcache_sdk.layout import KVLayout, Plane, Planes
 from lmcache_sdk.spec import DTYPE_BYTES
 
@@ -408,9 +409,13 @@ class KernelTests:
     """What every kernel package must do.
 
     A subclass gives the kernels and, for another device than the host, ``place``, ``fetch`` and ``device``.
+
+    Attributes:
+        most_cases: of the full product, for each form and dtype, if a device is slow to simulate; 0 = all.
     """
 
     device = "cpu"
+    most_cases = 0
 
     @pytest.fixture
     def kernels(self) -> Kernels:
@@ -470,10 +475,12 @@ class KernelTests:
     @pytest.mark.parametrize("dtype", VALUES[1])
     @pytest.mark.parametrize("form", VALUES[0])
     def test_everything_together(self, kernels: Kernels, form: str, dtype: str) -> None:
-        """The full product."""
-        for case in every_case():
-            if (case.form, case.dtype) == (form, dtype):
-                self.check(kernels, case)
+        """The full product, or as much of it as ``most_cases`` says."""
+        cases = [case for case in every_case() if (case.form, case.dtype) == (form, dtype)]
+        if self.most_cases:
+            cases = random.Random(SEED).sample(cases, self.most_cases)  # noqa: S311 - a test plan, no secret
+        for case in cases:
+            self.check(kernels, case)
 
     def test_planes_of_other_page_geometry_in_one_copy(self, kernels: Kernels) -> None:
         """One plan serves planes whose pages differ."""
@@ -604,6 +611,78 @@ class KernelTests:
         assert bool(answer) or answer.why
         kernels.unpin(buffer)
         kernels.unpin(buffer)
+
+    @pytest.fixture
+    def queue(self, kernels: Kernels) -> CopyStream:
+        """A queue of copies; only kernels for a device have one."""
+        if not isinstance(kernels, DeviceKernels):
+            pytest.skip("these kernels queue nothing")
+        return kernels.stream(self.device)
+
+    def test_queued_copies_happen_in_order(self, kernels: Kernels, queue: CopyStream) -> None:
+        """What a scatter writes is what the gather behind it reads, and that is there when the event is."""
+        rng = np.random.default_rng(SEED)
+        engine = Engine(self, FORMS["NHD"], Sizes(4, 16, 3, 8), "bfloat16", rng)
+        slots = np.array([5, 6, 7, 40, 41, 3])
+        planes, plan = engine.layout.planes_of("g", LAYERS), kernels.plan(engine.layout, slots)
+        nbytes = len(planes) * slots.size * 3 * 8 * 2
+        pinned = host_buffer(2 * nbytes)
+        assert kernels.pin(pinned)
+        given, taken = pinned[:nbytes], pinned[nbytes:]
+        given[:] = rng.integers(0, 256, nbytes, np.uint8)
+        queue.scatter(planes, (0, 3), plan, given)
+        between = queue.record()
+        queue.gather(planes, (0, 3), plan, taken)
+        queue.record().wait()
+        assert between.done()
+        assert np.array_equal(given, taken)
+        values = given.view(np.uint16).reshape(len(planes), slots.size, 3, 8)
+        for at, row in engine.rows(LAYERS, (0, 3), slots):
+            row[:] = values[at]
+        engine.assert_device_equals_host()
+        kernels.unpin(pinned)
+
+    def test_a_queue_waits_for_another(self, kernels: Kernels, queue: CopyStream) -> None:
+        """Where an event says so."""
+        assert isinstance(kernels, DeviceKernels)
+        rng = np.random.default_rng(SEED)
+        engine = Engine(self, FORMS["NHD"], Sizes(64, 16, 3, 8), "bfloat16", rng)
+        slots = rng.permutation(64 * 16)
+        planes, plan = engine.layout.planes_of("g", LAYERS), kernels.plan(engine.layout, slots)
+        nbytes = len(planes) * slots.size * 3 * 8 * 2
+        pinned = host_buffer(2 * nbytes)
+        assert kernels.pin(pinned)
+        other = kernels.stream(self.device)
+        given, taken = pinned[:nbytes], pinned[nbytes:]
+        for _ in range(5):
+            given[:] = rng.integers(0, 256, nbytes, np.uint8)
+            queue.scatter(planes, (0, 3), plan, given)
+            other.wait(queue.record())
+            other.gather(planes, (0, 3), plan, taken)
+            other.record().wait()
+            assert np.array_equal(given, taken)
+        kernels.unpin(pinned)
+
+    @pytest.mark.parametrize("verb", ["gather", "scatter"])
+    def test_only_pinned_memory_is_queued(self, kernels: Kernels, queue: CopyStream, verb: str) -> None:
+        """A copy of any other would be slow in silence, or fail half way."""
+        rng = np.random.default_rng(SEED)
+        engine = Engine(self, FORMS["NHD"], Sizes(4, 16, 3, 8), "bfloat16", rng)
+        planes, plan = engine.layout.planes_of("g", [1]), kernels.plan(engine.layout, [9, 8])
+        nbytes = 2 * 2 * 3 * 8 * 2
+        pages = host_buffer(2 * mmap.PAGESIZE)
+        halves = pages[: mmap.PAGESIZE], pages[mmap.PAGESIZE :]
+        assert all(kernels.pin(half) for half in halves)
+        across = pages[mmap.PAGESIZE - 8 : mmap.PAGESIZE - 8 + nbytes]
+        for chunk in (np.zeros(nbytes, np.uint8), across):
+            with pytest.raises(LayoutError):
+                (queue.gather if verb == "gather" else queue.scatter)(planes, (0, 3), plan, chunk)
+        assert not pages.any()
+        for half in halves:
+            kernels.unpin(half)
+        with pytest.raises(LayoutError):
+            queue.gather(planes, (0, 3), plan, pages[:nbytes])
+        engine.assert_device_equals_host()
 
     def test_it_says_what_it_is(self, kernels: Kernels) -> None:
         """Its name, and the device types that it serves."""

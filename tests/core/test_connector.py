@@ -13,7 +13,7 @@ from lmcache_sdk.keys import Chain
 from lmcache_sdk.layout import KVLayout, Plane, Planes
 from lmcache_sdk.open import LocalCache
 from lmcache_sdk.spec import CellGrid
-from tests.core.engine import CHUNK, PRODUCER, PagedEngine, namespace, slots_of, store, tokens_of
+from tests.core.engine import CHUNK, LAYERS, PRODUCER, PagedEngine, namespace, slots_of, store, tokens_of
 
 CHUNKS = 3
 
@@ -107,3 +107,44 @@ def test_planes_that_are_equally_far_apart_are_one_stack() -> None:
         back = np.empty_like(chunk)
         kernels.gather(planes, (1, 3), plan, back)
         assert np.array_equal(back, chunk)
+
+
+def test_what_was_taken_is_loaded_though_the_cache_be_gone(cache: LocalCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = PagedEngine(), PagedEngine()
+    connector, into = writer.connect(cache), reader.connect(cache)
+    tokens = tokens_of(3, CHUNKS * CHUNK)
+    chain = store(cache, writer, connector, tokens)
+    cache.lookup("r", chain)
+    ticket = cache.claim("r", cache.wait("r", 10).chunks)
+    assert ticket is not None
+    taken = into.take(ticket)
+    assert taken is not None
+    with monkeypatch.context() as gone:
+        gone.setattr(cache, "take", lambda *_: False)
+        gone.setattr(cache, "segments", lambda *_: ())
+        assert into.take(ticket) is None
+        transfer = into.load(taken, slots_of(5, len(tokens)))
+        assert transfer.wait(10)
+    assert not transfer.failed_chunks()
+    assert np.array_equal(reader.rows(slots_of(5, len(tokens))), writer.rows(slots_of(1, len(tokens))))
+    assert cache.stats().leases == 0
+    assert connector.close() and into.close()
+
+
+@pytest.mark.parametrize("step_bytes", [1, 1 << 20])
+def test_layers_are_there_one_after_another(
+    cache: LocalCache, step_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_sdk.connector.STEP_BYTES", step_bytes)
+    engine = PagedEngine()
+    connector = engine.connect(cache)
+    tokens = tokens_of(4, CHUNKS * CHUNK)
+    chain = store(cache, engine, connector, tokens)
+    cache.lookup("r", chain)
+    ticket = cache.claim("r", cache.wait("r", 10).chunks)
+    assert ticket is not None
+    transfer = connector.load(ticket, slots_of(5, len(tokens)))
+    assert all(transfer.wait_layer(layer, 10) for layer in range(LAYERS))
+    assert transfer.wait(10)
+    assert all(transfer.wait_layer(layer, 0) for layer in range(LAYERS))  # nor are they gone when it has ended
+    assert connector.close()

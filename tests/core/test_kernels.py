@@ -1,9 +1,7 @@
-"""The CPU kernels pass the public suite; the choice of a package; paths that small memory does not reach."""
+"""The CPU kernels pass the public suite; paths that small memory does not reach."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 import threading
 
 import numpy as np
@@ -11,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_sdk.errors import LayoutError
-from lmcache_sdk.kernels import CPUKernels, Kernels, describe_kernels, kernels_for
+from lmcache_sdk.kernels import CPUKernels, Kernels, kernels_for
 from lmcache_sdk.layout import KVLayout, Plane, Strides
 from lmcache_sdk.testing.kernels import KernelTests, pairwise_cases
 
@@ -144,36 +141,6 @@ def test_a_misaligned_base_is_copied_right_all_the_same():
     kernels = CPUKernels()
     kernels.gather(layout.planes, (0, 1), kernels.plan(layout, [1, 5]), chunk)
     assert np.array_equal(chunk, np.r_[memory[17:33], memory[81:97]])
-
-
-@pytest.mark.parametrize(
-    ("device", "package"),
-    [("cuda:0", "lmcache-kernels-cuda"), ("npu:1", "lmcache-kernels-ascend"), ("tpu", "lmcache_sdk.kernels")],
-)
-def test_a_missing_package_is_named(device, package, monkeypatch):
-    monkeypatch.setattr("lmcache_sdk.kernels.entry_points", lambda group: ())
-    with pytest.raises(LayoutError, match=package):
-        kernels_for(device)
-    assert isinstance(kernels_for("cpu"), CPUKernels)
-
-
-def test_an_installed_package_is_found_and_only_it_is_imported(tmp_path, monkeypatch):
-    info = tmp_path / "fake_kernels-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-kernels\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(
-        "[lmcache_sdk.kernels]\nfakedev = fake_kernels:Fake\nbroken = no_such_module_here:Nothing\n"
-    )
-    (tmp_path / "fake_kernels.py").write_text("class Fake:\n    name = 'fake'\n    device_types = ('fakedev',)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    assert describe_kernels()["fakedev"] == "fake_kernels:Fake (fake-kernels 1.2)"
-    assert "fake_kernels" not in sys.modules
-    assert kernels_for("fakedev:3").name == "fake"
-    assert kernels_for("fakedev:3") is kernels_for("fakedev:0")
-    with pytest.raises(LayoutError, match="no_such_module_here"):
-        kernels_for("broken")
-    del sys.modules["fake_kernels"]
 
 
 @pytest.mark.parametrize("inside", ["chunk", "nothing"])

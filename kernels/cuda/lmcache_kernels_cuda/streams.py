@@ -1,0 +1,147 @@
+"""A queue of copies on one device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmcache_kernels_cuda import blocks
+from lmcache_kernels_cuda.driver import Driver
+from lmcache_kernels_cuda.routes import Routes
+from lmcache_sdk.kernels import Offsets
+from lmcache_sdk.kernels.queues import CheckQueued, Small, StagedQueue
+from lmcache_sdk.kernels.tables import Piece, Runs
+
+_MANY_TABLES = 256
+
+
+class Device:
+    """What torch is needed for: memory, and kernels on a stream."""
+
+    tile_words = blocks.TILE_WORDS
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.torch = torch.device(name)
+        self.index = self.torch.index or 0
+
+    def on(self, stream: int) -> AbstractContextManager[Any]:
+        """Kernels and memory of this thread belong to the stream meanwhile."""
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.torch))
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+
+    def upload(self, numbers: Offsets) -> torch.Tensor:
+        """A small int64 table, in the order of the current stream."""
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.torch, non_blocking=True)
+
+
+class CUDAEvent:
+    """See :class:`lmcache_sdk.kernels.Event`."""
+
+    def __init__(self, driver: Driver, handle: int, unused: list[int]) -> None:
+        self.handle = handle
+        self._driver = driver
+        weakref.finalize(self, unused.append, handle).atexit = False
+
+    def done(self) -> bool:
+        """See :class:`lmcache_sdk.kernels.Event`."""
+        return self._driver.done(self.handle)
+
+    def wait(self) -> None:
+        """See :class:`lmcache_sdk.kernels.Event`."""
+        self._driver.wait(self.handle)
+
+    def hold(self, stream: Any) -> None:
+        """``stream``: a ``torch.cuda.Stream``."""
+        self._driver.hold(int(stream.cuda_stream), self.handle)
+
+
+class CUDAStream(StagedQueue):
+    """See :class:`lmcache_sdk.kernels.CopyStream`.
+
+    Args:
+        routes: which runs go by copy engine.
+        staging_bytes: memory of the device.
+    """
+
+    def __init__(
+        self, device: Device, driver: Driver, check_queued: CheckQueued, routes: Routes, staging_bytes: int
+    ) -> None:
+        super().__init__(device.name, check_queued)
+        self.routes = routes
+        self._device = device
+        self._driver = driver
+        self._handle = 0  # the default stream, for want of another yet
+        with self.queueing():
+            self._handle = driver.new_stream()
+        with self.queueing():
+            self._staging = device.empty(staging_bytes)
+        self._bases: dict[bytes, torch.Tensor] = {}
+        self._unused: list[int] = []  # events, to be recorded again
+
+    @contextmanager
+    def queueing(self) -> Iterator[None]:
+        """See :class:`StagedQueue`."""
+        with self._device.on(self._handle):
+            self._driver.enter(self._device.index)
+            yield
+
+    def staging(self) -> tuple[int, int]:
+        return self._staging.data_ptr(), self._staging.numel()
+
+    def is_large(self, runs: Runs, *, to_host: bool) -> bool:
+        return self.routes.direct(runs, to_host=to_host)
+
+    def transfer(self, targets: Offsets, sources: Offsets, sizes: Offsets, *, to_host: bool) -> None:
+        self._driver.copy(targets, sources, sizes, self._handle)
+
+    def pack(self, small: Small, piece: Piece) -> None:
+        self._launch(small, piece, to_staging=True)
+
+    def unpack(self, small: Small, piece: Piece) -> None:
+        self._launch(small, piece, to_staging=False)
+
+    def wait(self, event: Any) -> None:
+        """``event``: a ``torch.cuda.Event``, or one of ours."""
+        handle = event.handle if isinstance(event, CUDAEvent) else int(event.cuda_event)
+        with self.queueing():
+            self._driver.hold(self._handle, handle)
+
+    def record(self) -> CUDAEvent:
+        with self.queueing():
+            handle = self._unused.pop() if self._unused else self._driver.new_event()
+            self._driver.record(handle, self._handle)
+        return CUDAEvent(self._driver, handle, self._unused)
+
+    def _launch(self, small: Small, piece: Piece, *, to_staging: bool) -> None:
+        """The tables of a plan are made at its first use by this queue; addresses are kept for the next plan, too."""
+        table = small.table
+        addresses = small.alike.low + table.low + small.alike.offsets
+        alignment = int(np.gcd.reduce(addresses, initial=gcd(table.unit, blocks.WIDE_BYTES)))
+        word = blocks.word_bytes(alignment)
+        key = (self, small.alike.geometry, small.heads, word)
+        if key not in small.plan.tables:
+            small.plan.tables[key] = self._device.upload(table.offsets // word)
+        known = addresses.tobytes()
+        if known not in self._bases:
+            if len(self._bases) == _MANY_TABLES:
+                self._bases.clear()
+            self._bases[known] = self._device.upload(addresses)
+        blocks.launch(
+            self._bases[known][piece.planes],
+            small.plan.tables[key][piece.blocks],
+            self._staging[: piece.size],
+            table.block,
+            alignment,
+            to_staging=to_staging,
+            tile_words=self._device.tile_words,
+        )

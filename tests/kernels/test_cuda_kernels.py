@@ -1,0 +1,188 @@
+"""The public suite on the Triton kernels under the interpreter, and on transfers run by run; cuts; calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmcache_kernels_cuda.driver import CUDADriver
+from lmcache_sdk.errors import DeviceError, LayoutError
+from lmcache_sdk.kernels import DeviceKernels, Kernels, host_buffer, kernels_for
+from lmcache_sdk.layout import KVLayout, Plane
+from lmcache_sdk.testing.kernels import KernelTests
+from tests.kernels.conftest import HAS_GPU, Build
+from tests.kernels.interpreted import DIRECT, STAGED, InterpretedKernels
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton's interpreter is off: see test_gpu.py")
+
+
+@pytest.fixture(scope="module")
+def staged_kernels(build_stub: Build) -> Kernels:
+    return InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=STAGED)
+
+
+@pytest.fixture(scope="module")
+def direct_kernels(build_stub: Build) -> Kernels:
+    return InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=DIRECT)
+
+
+class TestTritonKernels(KernelTests):
+    """All through the staging buffer."""
+
+    device = "cuda:0"
+    most_cases = 60
+
+    @pytest.fixture
+    def kernels(self, staged_kernels: Kernels) -> Kernels:
+        return staged_kernels
+
+
+class TestRunByRun(KernelTests):
+    """All by copy engine."""
+
+    device = "cuda:0"
+    most_cases = 200
+
+    @pytest.fixture
+    def kernels(self, direct_kernels: Kernels) -> Kernels:
+        return direct_kernels
+
+
+def pool(pages: int = 8, page: int = 4, heads: int = 2, dim: int = 32, layers: int = 3) -> tuple[Any, KVLayout]:
+    """bf16 memory, NHD: [layer, k or v, page, token, head, dim]."""
+    memory = np.random.default_rng(1).integers(0, 1 << 16, (layers, 2, pages, page, heads, dim), np.uint16)
+    axes = ("page", "token", "head", "dim")
+    planes = tuple(
+        Plane.of(memory[layer, at], axes, group="g", layer=layer, role="kv"[at], dtype="bfloat16")
+        for layer in range(layers)
+        for at in range(2)
+    )
+    return memory, KVLayout(planes, "cuda:0")
+
+
+@pytest.mark.parametrize("staging_bytes", [64 * 4, 1000, 4096])
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+def test_a_small_staging_buffer_is_used_again_and_again(build_stub: Build, staging_bytes: int, verb: str) -> None:
+    """Less than a plane, not a multiple of anything, more than a plane."""
+    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=STAGED, staging_bytes=staging_bytes)
+    memory, layout = pool()
+    slots = np.array([5, 1, 9, 30, 17, 3, 2, 8, 31])
+    plan, planes = kernels.plan(layout, slots), layout.planes_of("g", range(3))
+    chunk = np.zeros(3 * 2 * slots.size * 2 * 32 * 2, np.uint8)
+    chosen = memory.reshape(6, 32, 2, 32)
+    if verb == "gather":
+        kernels.gather(planes, (0, 2), plan, chunk)
+        assert np.array_equal(chunk.view(np.uint16).reshape(6, slots.size, 2, 32), chosen[:, slots])
+    else:
+        before = memory.copy()
+        chunk[:] = np.arange(chunk.size) % 251
+        kernels.scatter(planes, (0, 2), plan, chunk)
+        assert np.array_equal(chosen[:, slots], chunk.view(np.uint16).reshape(6, slots.size, 2, 32))
+        others = np.setdiff1d(np.arange(32), slots)
+        assert np.array_equal(chosen[:, others], before.reshape(6, 32, 2, 32)[:, others])
+
+
+def test_copies_that_are_done_on_return_go_through_a_bounded_buffer(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole planes at a time, or some tokens where a plane does not fit."""
+    memory, layout = pool()
+    slots = np.array([5, 1, 9, 30, 17])
+    for limit in (3 * 5 * 128, 2 * 128 + 5):
+        monkeypatch.setattr("lmcache_sdk.kernels.device._BOUNCE_BYTES", limit)
+        kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=DIRECT)
+        chunk = np.zeros(6 * 5 * 128, np.uint8)
+        plan, planes = kernels.plan(layout, slots), layout.planes_of("g", range(3))
+        kernels.gather(planes, (0, 2), plan, chunk)
+        wanted = memory.reshape(6, 32, 64)[:, slots]
+        assert np.array_equal(chunk.view(np.uint16).reshape(6, 5, 64), wanted)
+        memory[:] = 0
+        kernels.scatter(planes, (0, 2), plan, chunk)
+        assert np.array_equal(memory.reshape(6, 32, 64)[:, slots], chunk.view(np.uint16).reshape(6, 5, 64))
+        assert not memory.reshape(6, 32, 64)[:, np.setdiff1d(np.arange(32), slots)].any()
+
+
+def test_neighbours_are_merged_before_they_are_queued(build_stub: Build) -> None:
+    """Runs of different lengths, one descriptor each, all planes in one call."""
+    stub = build_stub("cuda")
+    kernels = InterpretedKernels(CUDADriver(stub.path), routes=DIRECT)
+    memory, layout = pool()
+    slots = np.array([4, 5, 6, 7, 8, 20, 21, 3])  # across pages; then two more runs
+    chunk = host_buffer(6 * 8 * 128)
+    assert kernels.pin(chunk)
+    stream = kernels.stream("cuda:0")
+    stub.clear()
+    stream.gather(layout.planes_of("g", range(3)), (0, 2), kernels.plan(layout, slots), chunk)
+    (line,) = [line for line in stub.lines() if "Memcpy" in line]
+    assert line.split()[:2] == ["MemcpyBatchAsync_v2", str(3 * 6)]
+    assert np.array_equal(chunk.view(np.uint16).reshape(6, 8, 64), memory.reshape(6, 32, 64)[:, slots])
+
+
+def test_what_is_not_pinned_is_never_queued(build_stub: Build) -> None:
+    stub = build_stub("cuda")
+    kernels = InterpretedKernels(CUDADriver(stub.path), routes=DIRECT)
+    memory, layout = pool()
+    plan, planes = kernels.plan(layout, [1, 2]), layout.planes_of("g", [0])
+    stream, nbytes = kernels.stream("cuda:0"), 2 * 2 * 128
+    buffers = host_buffer(8192)
+    first, second = buffers[:4096], buffers[4096:]
+    assert kernels.pin(first) and kernels.pin(second)
+    before = memory.copy()
+    stub.clear()
+    for chunk in (np.zeros(nbytes, np.uint8), buffers[4096 - 8 : 4096 - 8 + nbytes]):  # nor across two registrations
+        for copy in (stream.gather, stream.scatter):
+            with pytest.raises(LayoutError, match="pinned buffer"):
+                copy(planes, (0, 2), plan, chunk)
+    stream.gather(planes, (0, 2), plan, first[:nbytes])
+    kernels.unpin(first)
+    with pytest.raises(LayoutError, match="pinned buffer"):
+        stream.gather(planes, (0, 2), plan, first[:nbytes])
+    assert np.array_equal(memory, before)
+    assert sum("Memcpy" in line for line in stub.lines()) == 1
+
+
+def test_a_plan_for_another_device_is_refused(build_stub: Build) -> None:
+    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=DIRECT)
+    _, layout = pool()
+    chunk = host_buffer(4096)
+    assert kernels.pin(chunk)
+    plan = kernels.plan(KVLayout(layout.planes, "cuda:1"), [0])
+    with pytest.raises(LayoutError, match="cuda:1"):
+        kernels.stream("cuda:0").gather(layout.planes_of("g", [0]), (0, 2), plan, chunk[:256])
+    with pytest.raises(DeviceError, match="'cuda:1' cannot be used: invalid device ordinal"):
+        kernels.gather(layout.planes_of("g", [0]), (0, 2), plan, chunk[:256])
+
+
+def test_pinning_is_counted_and_answers_with_the_drivers_reason(build_stub: Build) -> None:
+    stub = build_stub("cuda")
+    kernels = InterpretedKernels(CUDADriver(stub.path), routes=DIRECT)
+    buffer = host_buffer(4096)
+    assert kernels.pin(buffer) and kernels.pin(buffer)
+    assert stub.names().count("Register") == 1
+    kernels.unpin(buffer)
+    assert "Unregister" not in stub.names()
+    kernels.unpin(buffer)
+    kernels.unpin(buffer)
+    assert stub.names().count("Unregister") == 1
+    stub.fail("Register", 2)
+    answer = kernels.pin(buffer)
+    assert not answer and answer.why == "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def test_the_first_queue_of_a_device_measures_it(build_stub: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_kernels_cuda.kernels._CALIBRATION_BYTES", 1 << 20)
+    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path))
+    first = kernels.stream("cuda:0")
+    assert first.routes.gather == first.routes.scatter == 8 << 10  # nothing is slower than the interpreter
+    assert kernels.stream("cuda:0").routes is first.routes
+
+
+def test_it_is_what_the_interface_asks_for(build_stub: Build) -> None:
+    assert isinstance(InterpretedKernels(CUDADriver(build_stub("cuda").path)), DeviceKernels)
+
+
+def test_without_a_device_the_installed_package_says_so() -> None:
+    with pytest.raises(DeviceError, match="the CUDA driver cannot be used"):
+        kernels_for("cuda:0")

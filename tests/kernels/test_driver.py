@@ -1,0 +1,162 @@
+"""The calls that leave for the driver: names, arguments, order, errors, and versions that lack a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver, _mapped
+from lmcache_sdk.errors import DeviceError
+from tests.kernels.conftest import Build
+
+VENDORS = {"cuda": CUDADriver, "hip": HIPDriver}
+FORMS = [("cuda", 2), ("cuda", 1), ("cuda", 0), ("hip", 1), ("hip", 0)]
+
+
+def batched(vendor: str, batch: int) -> str:
+    """The call for many copies, if there is one."""
+    return f"MemcpyBatchAsync{'_v2' if (vendor, batch) == ('cuda', 2) else ''}" if batch else ""
+
+
+def copies(count: int, size: int = 48) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Addresses and sizes of rows to be copied to other rows in reverse."""
+    source = np.random.default_rng(0).integers(0, 256, (count, size), np.uint8)
+    target = np.zeros_like(source)
+    rows = np.arange(count) * size
+    arrays = [target.ctypes.data + rows[::-1], source.ctypes.data + rows, np.full(count, size)]
+    return arrays, source, target
+
+
+@pytest.mark.parametrize(("vendor", "batch"), FORMS)
+def test_many_copies_are_one_call_where_the_driver_has_it(build_stub: Build, vendor: str, batch: int) -> None:
+    stub = build_stub(vendor, batch)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    stream = driver.new_stream()
+    arrays, source, target = copies(5)
+    stub.clear()
+    driver.copy(*arrays, stream)
+    assert np.array_equal(target, source[::-1])
+    if batch:
+        assert stub.lines() == [f"{batched(vendor, batch)} 5 {stream}"]
+    else:
+        assert stub.names() == ["MemcpyAsync"] * 5
+        assert stub.lines()[0].endswith(f" 48 {stream}")
+
+
+def test_hip_takes_no_more_than_8192_at_once(build_stub: Build) -> None:
+    stub = build_stub("hip", 1)
+    driver = HIPDriver(stub.path)
+    driver.enter(3)
+    arrays, source, target = copies(10_000, 16)
+    driver.copy(*arrays, driver.new_stream())
+    assert np.array_equal(target, source[::-1])
+    assert [line.split()[1] for line in stub.lines() if "Batch" in line] == ["8192", "1808"]
+    assert stub.lines()[0] == "SetDevice 3"
+
+
+@pytest.mark.parametrize(("vendor", "batch"), [("cuda", 2), ("hip", 1)])
+def test_one_copy_is_no_batch(build_stub: Build, vendor: str, batch: int) -> None:
+    stub = build_stub(vendor, batch)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    arrays, source, target = copies(1)
+    driver.copy(*arrays, driver.new_stream())
+    assert stub.names()[-1] == "MemcpyAsync" and np.array_equal(target, source)
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_events_and_streams(build_stub: Build, vendor: str) -> None:
+    stub = build_stub(vendor)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    stream, other = driver.new_stream(), driver.new_stream()
+    event = driver.new_event()
+    stub.clear()
+    driver.record(event, stream)
+    driver.hold(other, event)
+    assert driver.done(event)
+    stub.fail("EventQuery", 600)
+    assert not driver.done(event)
+    driver.wait(event)
+    assert stub.lines() == [
+        f"EventRecord {event} {stream}",
+        f"StreamWaitEvent {other} {event} 0",
+        f"EventQuery {event}",
+        f"EventQuery {event}",
+        f"EventSynchronize {event}",
+    ]
+    assert len({stream, other, event}) == 3
+
+
+def test_the_primary_context_is_retained_once_and_entered_each_time(build_stub: Build) -> None:
+    stub = build_stub("cuda")
+    driver = CUDADriver(stub.path)
+    for device in (1, 1, 0, 1):
+        driver.enter(device)
+    names = stub.names()
+    assert names.count("DevicePrimaryCtxRetain") == 2 and names.count("CtxSetCurrent") == 4
+    assert [line for line in stub.lines() if line.startswith("CtxSet")][-1] == "CtxSetCurrent 101"
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("Stream", lambda driver: driver.new_stream()),
+        ("Event", lambda driver: driver.new_event()),
+        ("EventRecord", lambda driver: driver.record(1, 2)),
+        ("EventQuery", lambda driver: driver.done(1)),
+        ("EventSynchronize", lambda driver: driver.wait(1)),
+        ("StreamWaitEvent", lambda driver: driver.hold(2, 1)),
+    ],
+)
+def test_an_error_is_named(build_stub: Build, vendor: str, name: str, call: Callable[[Driver], object]) -> None:
+    stub = build_stub(vendor)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    stub.fail(name, 2)  # out of memory, with both
+    with pytest.raises(DeviceError, match=rf"{name}\w* failed: \w*(OutOfMemory|OUT_OF_MEMORY)"):
+        call(driver)
+
+
+@pytest.mark.parametrize(("vendor", "batch"), FORMS)
+def test_a_copy_that_fails_is_an_error(build_stub: Build, vendor: str, batch: int) -> None:
+    stub = build_stub(vendor, batch)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    arrays, _, target = copies(3)
+    stub.fail(batched(vendor, batch) or "MemcpyAsync", 2)
+    with pytest.raises(DeviceError, match=r"emcpy\w* failed: \w*(OutOfMemory|OUT_OF_MEMORY)"):
+        driver.copy(*arrays, driver.new_stream())
+    assert not target.any()
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_registration(build_stub: Build, vendor: str) -> None:
+    stub = build_stub(vendor)
+    driver: Driver = VENDORS[vendor](stub.path)
+    driver.enter(0)
+    assert driver.register(4096, 8192) == ""
+    assert stub.lines()[-1] == "Register 0x1000 8192 1"
+    assert driver.register(4096, 8192)  # somebody has done it already
+    driver.unregister(4096)
+    with pytest.raises(DeviceError):
+        driver.unregister(4096)
+
+
+def test_a_driver_that_is_not_there_or_too_old_is_named(build_stub: Build) -> None:
+    with pytest.raises(DeviceError, match=r"the CUDA driver cannot be used: .*no-such-file"):
+        CUDADriver("no-such-file.so")
+    driver = HIPDriver(build_stub("cuda").path)
+    with pytest.raises(DeviceError, match="the HIP driver has no hipSetDevice; update it"):
+        driver.enter(0)
+
+
+def test_hip_is_the_one_that_torch_has_loaded() -> None:
+    maps = ["7f00-7f01 r-xp 00000000 00:01 5      /venv/torch/lib/libamdhip64.so", "7f02-7f03 rw-p 0 0:0 0 [heap]"]
+    assert _mapped("libamdhip64.so", maps) == "/venv/torch/lib/libamdhip64.so"
+    assert _mapped("libamdhip64.so", maps[1:]) == "libamdhip64.so"
+    assert _mapped("libc.so").endswith(("libc.so.6", "libc.so"))
