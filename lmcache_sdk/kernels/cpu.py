@@ -68,7 +68,7 @@ class CPUKernels:
         chosen = check_gather(planes, heads, plan, chunk)
         for mem, ids, part in _copies(chosen, heads, plan, chunk):
             if ids is None:
-                np.copyto(part, mem)
+                _assign(part, mem)
             else:
                 mem.take(ids, out=part, mode="clip")  # clip: otherwise numpy buffers the output
 
@@ -77,7 +77,7 @@ class CPUKernels:
         chosen = check_scatter(planes, heads, plan, chunk)
         for mem, ids, part in _copies(chosen, heads, plan, chunk):
             if ids is None:
-                np.copyto(mem, part)
+                _assign(mem, part)
             elif _outside(mem, ids) and _outside(mem, part):
                 mem.put(ids, part, mode="clip")
             else:
@@ -130,6 +130,20 @@ def _copies(
             runs = _runs(page_tokens, plan.slots)
             copies += [(mem[:, page, tokens], None, part[:, into]) for page, tokens, into in runs]
     return copies
+
+
+def _assign(into: npt.NDArray[Any], given: npt.NDArray[Any]) -> None:
+    """Copy views of some layers, all at once where that is safe.
+
+    One array for several allocations has whatever lies between them in its range. numpy takes that for an overlap and
+    copies by way of a temporary array; if that lies in the range too, by way of another one, until the stack ends.
+    A single layer lies in one allocation.
+    """
+    if not np.may_share_memory(into, given):
+        np.copyto(into, given)
+        return
+    for one, other in zip(into, given, strict=True):
+        np.copyto(one, other)
 
 
 def _outside(mem: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:

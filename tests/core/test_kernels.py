@@ -176,3 +176,35 @@ def test_what_lies_between_planes_is_never_written(inside):
     writer.join()
     assert not lost, "an old byte was written back over a new one"
     assert (memory[0, :16:2] == 7).all() and not memory[0, 1:16:2].any()
+
+
+def test_transposed_planes_with_everything_else_between_them(monkeypatch):
+    """numpy must not see an overlap where there is none: it then copies by way of arrays that it makes, without end."""
+
+    def copy(into, given):
+        assert not np.may_share_memory(into, given)
+        original(into, given)
+
+    original = np.copyto
+    monkeypatch.setattr(np, "copyto", copy)
+    rng = np.random.default_rng(3)
+    count, heads, dim, page = 2, 2, 32, 32
+    nbytes = count * heads * dim * page * 2
+    room = rng.integers(0, 256, 5 * nbytes, np.uint8)  # plane, chunk, plane, chunk, plane
+    views = [room[at * nbytes :][:nbytes].view(np.uint16).reshape(count, heads, dim, page) for at in (0, 2, 4)]
+    axes = ("page", "head", "dim", "token")
+    planes = [
+        Plane.of(view, axes, group="g", layer=layer, role="latent", dtype="bfloat16")
+        for layer, view in enumerate(views)
+    ]
+    slots = np.array([40, 3, 4, 5])
+    rows = np.stack([view.transpose(0, 3, 1, 2).reshape(-1, heads, dim)[slots] for view in views])
+    chunk = room[nbytes:][: rows.nbytes]
+    kernels = CPUKernels()
+    plan = kernels.plan(KVLayout(tuple(planes)), slots)
+    kernels.gather(planes, (0, heads), plan, chunk)
+    assert chunk.tobytes() == rows.tobytes()
+    given = room[3 * nbytes :][: rows.nbytes]
+    kernels.scatter(planes, (0, heads), plan, given)
+    again = np.stack([view.transpose(0, 3, 1, 2).reshape(-1, heads, dim)[slots] for view in views])
+    assert given.tobytes() == again.tobytes()
