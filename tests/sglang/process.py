@@ -10,7 +10,8 @@ from typing import Any
 
 from lmcache_sdk.testing.harness import EngineHarness
 
-_STAND_INS = Path(__file__).resolve().parents[1] / "engines" / "sglang_cpu"
+_HICACHE = {"hicache_ratio": 2.0, "hicache_mem_layout": "page_first", "hicache_io_backend": "kernel"}
+STAND_INS = Path(__file__).resolve().parents[1] / "engines" / "sglang_cpu"
 
 
 def engine(
@@ -18,6 +19,7 @@ def engine(
     url: str | None,
     *,
     memory_tokens: int = 2400,
+    linker: bool = False,
     extra: dict[str, Any] | None = None,
     variables: dict[str, str] | None = None,
     **options: Any,
@@ -36,17 +38,15 @@ def engine(
         "max_running_requests": 4,
         "mem_fraction_static": 0.3,
         "random_seed": 0,
-        "hicache_ratio": 2.0,
-        "hicache_mem_layout": "page_first",
-        "hicache_io_backend": "kernel",
+        **({} if linker else _HICACHE),
         **options,
     }
     line = [sys.executable, "-m", "lmcache_adapters.sglang.engine", "--model", str(model)]
-    line += ["--cache", url] if url else []
+    line += [*(["--cache", url] if url else []), *(["--linker"] if linker else [])]
     settings = {"chunk_tokens": options["page_size"], **(extra or {})}
     for flag, given in (("--option", options), ("--extra", settings)):
         line += [part for name, value in given.items() for part in (flag, f"{name}={json.dumps(value)}")]
-    python_path = os.pathsep.join([str(_STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    python_path = os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "SGLANG_USE_CPU_ENGINE": "1",

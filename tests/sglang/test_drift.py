@@ -41,9 +41,9 @@ CALLED = {
     "get_stats": [],
 }
 SERVER = (
-    "model_path revision download_dir load_format device page_size tp_size pp_size nnodes attn_cp_size dcp_size "
-    "enable_dp_attention speculative_algorithm attention_backend prefill_attention_backend decode_attention_backend "
-    "json_model_override_args context_length"
+    "model_path revision download_dir load_format device page_size tp_size pp_size nnodes attn_cp_size attn_dp_size "
+    "dcp_size enable_dp_attention speculative_algorithm attention_backend prefill_attention_backend "
+    "decode_attention_backend json_model_override_args context_length"
 )
 POOL = "layout page_size layer_num dtype kv_buffer _transfer_device"
 

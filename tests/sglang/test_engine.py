@@ -1,9 +1,13 @@
-"""Whole engines in the ways that the matrix does not have: other layouts, tensor parallelism, SGLang's own faults."""
+"""Whole engines in the ways that the matrix does not have: other layouts, tensor parallelism, SGLang's own faults.
+
+The matrix has ``page_first``, ``test_server.py`` ``page_first_direct``.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ import pytest
 from lmcache_sdk.testing.harness import EngineHarness
 from tests.core.served import Served
 from tests.sglang.process import engine
+
+MOST_ADDED_S = 2.0
 
 
 def prompt(number: int, tokens: int = 300) -> list[int]:
@@ -34,28 +40,18 @@ def restored(harness: EngineHarness, ids: list[int]) -> None:
     assert (warm["token_ids"], warm["top"]) == (cold["token_ids"], cold["top"])
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("layout", "io_backend"), [("page_first_direct", "direct"), ("layer_first", "direct"), ("page_head", "kernel")]
-)
-def test_layouts(tiny_directory: Path, shared_daemon: Served, layout: str, io_backend: str) -> None:
-    # A finer grid is another namespace: what one layout has stored would be found by the next.
-    extra = {"layers_per_cell": {"page_first_direct": 1, "layer_first": 2, "page_head": 4}[layout]}
-    options = {"hicache_mem_layout": layout, "hicache_io_backend": io_backend}
-    with engine(tiny_directory, shared_daemon.url, extra=extra, **options) as harness:
-        restored(harness, prompt(1))
-        assert harness.stop() == 0
-
-
 @pytest.mark.timeout(300)
 def test_tensor_parallelism_shares_with_a_single_rank(tiny_directory: Path, served: Served) -> None:
-    """Both ways, by a finer grid; each alone is exact. Between them sums are rounded otherwise."""
+    """Both ways, by a finer grid, and from one layout of host memory into another; each alone is exact. Between them
+    sums are rounded otherwise.
+    """
     extra = {"heads_per_cell": 1}
-    with engine(
-        tiny_directory, served.url, extra=extra, tp_size=2, variables={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    ) as pair:
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    layer_first = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"}
+    page_head = {"hicache_mem_layout": "page_head", "hicache_io_backend": "kernel"}
+    with engine(tiny_directory, served.url, extra=extra, tp_size=2, variables=variables, **layer_first) as pair:
         restored(pair, prompt(2))
-        with engine(tiny_directory, served.url, extra=extra) as single:
+        with engine(tiny_directory, served.url, extra=extra, **page_head) as single:
             assert single.hello["namespace"] == pair.hello["namespace"]
             assert run(single, prompt(2))["cached_details"]["storage"] == 256
             restored(single, prompt(3))
@@ -75,27 +71,30 @@ def test_under_load_and_sglangs_own_faults(tiny_directory: Path, served: Served)
         prompts = [prompt(10 + number, 200) for number in range(6)]
         colds = [run(harness, ids)["token_ids"] for ids in prompts]
 
-        def all_as_before() -> None:
+        def all_as_before(*, load: bool = True) -> float:
+            """All of them at once; the answer is how long that took."""
             harness.call("forget", 30)
-            numbers = [harness.send("generate", ids=ids, max_new_tokens=8) for ids in prompts]
+            began = time.monotonic()
+            numbers = [harness.send("generate", ids=ids, max_new_tokens=8, load=load) for ids in prompts]
             for number, cold in zip(numbers, colds, strict=True):
                 assert harness.receive(number, 30)["token_ids"] == cold
+            return time.monotonic() - began
 
-        all_as_before()
+        longest_s = max(all_as_before(), all_as_before(load=False)) + MOST_ADDED_S
         assert served.process is not None
         served.process.send_signal(signal.SIGSTOP)
         later = threading.Timer(3.0, served.process.send_signal, [signal.SIGCONT])
         later.start()
-        all_as_before()
+        assert all_as_before() < longest_s
         later.join()
         served.stop(signal.SIGKILL)
-        all_as_before()
+        assert all_as_before() < longest_s
         served.start(pool="32MiB")
         _until_it_hits(harness, all_as_before)
         assert harness.stop() == 0
 
 
-def _until_it_hits(harness: EngineHarness, again: Callable[[], None]) -> None:
+def _until_it_hits(harness: EngineHarness, again: Callable[[], float]) -> None:
     for number in range(20):
         ids = prompt(100 + number, 200)
         run(harness, ids)

@@ -40,6 +40,45 @@ def test_pages_come_back_from_every_layout_into_every_other(
         assert torch.equal(reader.content([0, 6, 7]), around)
 
 
+@pytest.mark.parametrize(("layout", "latent"), CASES)
+def test_without_the_interface_of_places(
+    layout: str,
+    latent: bool,
+    tiny_directory: Path,
+    latent_directory: Path,
+    shared_daemon: Served,
+    ranks: list[Rank],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """SGLang copies each page once more, and finds the same: what either interface has stored the other reads."""
+    model = latent_directory if latent else tiny_directory
+    generic = Rank(model, shared_daemon.url, layout=layout, latent=latent, extra={"interface_v1": 0})
+    places = Rank(model, shared_daemon.url, layout="page_first", latent=latent)
+    ranks.extend([generic, places])
+    assert 'set "interface_v1": 1' in caplog.text
+    keys = digests(300 + CASES.index((layout, latent)), 22)
+    pages = list(range(1, 11))
+    wanted = generic.fill(pages, seed=3)
+    assert generic.get_generic(keys[:10], pages) == 0
+    assert generic.set_generic(keys[:10], pages)
+    assert generic.backend.batch_exists(keys) == 10
+    around = generic.fill([0, 21, 22, 23], seed=4)
+    assert generic.get_generic(keys[:12], list(range(11, 23))) == 10
+    assert torch.equal(generic.content(list(range(11, 21))), wanted)
+    assert torch.equal(generic.content([0, 21, 22, 23]), around)
+    assert places.get(keys[:10], pages) == [True] * 10
+    assert torch.equal(places.content(pages), wanted)
+    more = places.fill([1, 2], seed=5)
+    assert places.set(keys[10:12], [1, 2], before=keys[:10]) == [True] * 2
+    assert generic.get_generic(keys[10:12], [5, 9]) == 2
+    assert torch.equal(generic.content([5, 9]), more)
+    assert generic.backend.get(keys[12], generic.host.get_dummy_flat_data_page()) is None
+    assert generic.backend.set(keys[12], generic.host.get_data_page(5 * PAGE))
+    assert not generic.backend.batch_set(keys[13:15], [None, None])
+    assert places.backend.batch_get(keys[:1], [places.host.get_dummy_flat_data_page()]) == [None]
+    assert not places.backend.batch_set(keys[:1], [places.host.get_data_page(0)])
+
+
 def test_a_part_of_a_chain(tiny_directory: Path, shared_daemon: Served, ranks: list[Rank]) -> None:
     rank = Rank(tiny_directory, shared_daemon.url)
     ranks.append(rank)

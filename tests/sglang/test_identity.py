@@ -45,7 +45,6 @@ def test_pages_of_another_size_are_refused(tiny_directory: Path, shared_daemon: 
     ("extra", "error", "message"),
     [
         ({"uri": "memory://"}, ConfigError, "unknown setting 'uri'"),
-        ({"interface_v1": 0}, ConfigError, '"interface_v1": 1'),
         ({"heads_per_cell": 3, "tp_size": 2}, ConfigError, "unknown setting 'tp_size'"),
         ({"url": "unix://relative"}, ConfigError, "three slashes"),
     ],

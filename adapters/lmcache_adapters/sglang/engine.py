@@ -2,10 +2,11 @@
 
 Usage::
 
-    python -m lmcache_adapters.sglang.engine --model DIR [--cache URL] [--option page_size=64] [--extra NAME=JSON]
+    python -m lmcache_adapters.sglang.engine --model DIR [--cache URL] [--linker] [--option page_size=64]
+        [--extra NAME=JSON]
 
-``--option`` is any of SGLang's server arguments, ``--extra`` one of the backend's settings, values as JSON. Requests
-that are sent without waiting run together.
+``--option`` is any of SGLang's server arguments, ``--extra`` one of the settings of its backend, or, with ``--linker``,
+of the linker, values as JSON. Requests that are sent without waiting run together.
 
 SGLang lets no request choose what is loaded: one that must not load anything gets a salt that nobody else has, and so
 stores nothing that others find. ``store: false`` alone has no meaning here.
@@ -24,7 +25,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import IO, Any
 
-from lmcache_adapters.launch import sglang_extra
+from lmcache_adapters.launch import sglang_extra, sglang_linker
 from lmcache_adapters.process import TOP, Answer, pairs, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
@@ -224,7 +225,13 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
 
     arguments: dict[str, Any] = {"model_path": options.model, "page_size": 64, "enable_cache_report": True}
     given = pairs(options.extra)
-    if options.cache is not None:
+    if options.linker:
+        arguments |= {
+            "enable_unified_cache_external_linker": True,
+            "unified_cache_external_linker_backend": "dynamic",
+            "unified_cache_external_linker_config": sglang_linker(options.cache, **{"on_error": "refuse", **given}),
+        }
+    elif options.cache is not None:
         extra = {**sglang_extra(options.cache, threshold=1), "on_error": "refuse", **given}
         arguments |= {
             "enable_hierarchical_cache": True,
@@ -237,21 +244,22 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     engine = sglang.Engine(**arguments)
     if options.cache is None:
         return engine, None
-    return engine, _client(engine.server_args, options.cache, given)
+    return engine, _client(engine.server_args, options.cache, given, linker=options.linker)
 
 
-def _client(server: Any, url: str, extra: dict[str, Any]) -> Any:
+def _client(server: Any, url: str, extra: dict[str, Any], *, linker: bool) -> Any:
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.configs.model_config import ModelConfig
 
     from lmcache_adapters.sglang.identity import EngineFacts, namespace_and_producer
-    from lmcache_adapters.sglang.settings import read_settings
+    from lmcache_adapters.sglang.settings import read_linker_settings, read_settings
     from lmcache_sdk.open import open_cache
 
     view = resolved_view(server)
     facts = EngineFacts(view, ModelConfig.from_server_args(server), int(view.tp_size), 0)
     width = int(view.page_size)
-    grid = read_settings({**extra, "chunk_tokens": width}, width).grid
+    read = read_linker_settings if linker else read_settings
+    grid = read({**extra, "chunk_tokens": width}, width).grid
     dtype = str(facts.model.dtype).removeprefix("torch.")
     namespace, producer = namespace_and_producer(facts, width, dtype, grid)
     return open_cache(url, namespace=namespace, producer=producer)
@@ -262,9 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lmcache_adapters.sglang.engine", description="SGLang on JSON lines.")
     parser.add_argument("--model", required=True, help="model directory or hub id")
     parser.add_argument("--cache", help="URL of a daemon or store; without it there is no hierarchical cache")
+    parser.add_argument("--linker", action="store_true", help="with a linker instead of a hierarchical cache")
     parser.add_argument("--option", action="append", default=[], help="a server argument of SGLang: NAME=JSON")
-    parser.add_argument("--extra", action="append", default=[], help="a setting of the backend: NAME=JSON")
+    parser.add_argument("--extra", action="append", default=[], help="a setting of ours: NAME=JSON")
     options = parser.parse_args(arguments)
+    if options.linker and options.cache is None:
+        parser.error("--linker needs --cache")
     log_to_stderr()
     answer = take_stdout()
     try:

@@ -7,6 +7,7 @@ without a bound.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -17,17 +18,16 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
-from lmcache_adapters.deployment import part_of
 from lmcache_adapters.settings import on_error
 from lmcache_adapters.sglang import weights
-from lmcache_adapters.sglang.host import HostMemory
-from lmcache_adapters.sglang.identity import EngineFacts, digests_of, namespace_and_producer, refuse_unserved_engine
+from lmcache_adapters.sglang.attach import open_engine_cache
+from lmcache_adapters.sglang.host import FlatPages, HostMemory
+from lmcache_adapters.sglang.identity import EngineFacts, digests_of
 from lmcache_adapters.sglang.settings import SGLangSettings, read_settings
 from lmcache_sdk.api import Cache, Chain, LookupState
 from lmcache_sdk.connector import CopyTransfer, GPUConnector
-from lmcache_sdk.errors import ConfigError, LMCacheSDKError, UnsupportedError
+from lmcache_sdk.errors import LMCacheSDKError, UnsupportedError
 from lmcache_sdk.observe.logs import ROOT, log_to_stderr, logger
-from lmcache_sdk.open import DAEMON_SCHEME, open_cache
 
 _log = logger("sglang")
 _T = TypeVar("_T")
@@ -37,6 +37,8 @@ _QUERY_S = 0.25
 # And so does the one for reads. What has not come by now is computed.
 _READ_S = 1.5
 _CLOSE_S = 10.0
+# Of memory of our own, where SGLang hands over tensors instead of places.
+_FLAT_PAGES = 8
 # Found and not yet read; a query that SGLang drops is never read.
 _MOST_HELD = 64
 
@@ -58,10 +60,12 @@ class HiCacheBackend(HiCacheStorage):
         self._pools: dict[str, Any] = {}
         self._cache: Cache | None = None
         self._connector: GPUConnector | None = None
+        self._flat: FlatPages | None = None
         self._settings: SGLangSettings
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._held: dict[bytes, str] = {}  # requests by the last digest that they found
+        self._copying = threading.Lock()
+        self._held: dict[bytes, tuple[str, int]] = {}  # by the last digest found: the request, and how many pages
         if not logging.getLogger(ROOT).hasHandlers():  # SGLang's own processes have a log
             log_to_stderr()
         self._refuse = on_error(self._extra) == "refuse"
@@ -95,41 +99,25 @@ class HiCacheBackend(HiCacheStorage):
         if others:
             raise UnsupportedError(f"models with KV of kind {', '.join(others)} are not served; served is kv alone")
         if not self._settings.zero_copy:
-            raise ConfigError(
-                'SGLang would copy each page once more; set "interface_v1": 1 in the backend\'s extra config'
+            _log.warning(
+                'SGLang copies each page once more, and tells no positions; set "interface_v1": 1 in the extra config'
             )
         facts = EngineFacts.of_this_process(config.tp_size, config.tp_rank)
-        refuse_unserved_engine(facts)
-        if facts.tp_size > 1 and not self._settings.url.startswith(f"{DAEMON_SCHEME}:"):
-            raise ConfigError(
-                f"{facts.tp_size} ranks cannot share a store in one process; start a daemon over it (lmcache-sdk "
-                "serve --tier …), and give its socket as url"
-            )
-        if not weights.watched():
-            _log.warning(
-                "SGLang's plugins are not loaded here: replace no weights of this engine while it runs, its keys would "
-                "not change (SGLANG_PLUGINS, if set, must name lmcache_sdk)"
-            )
         dtype = str(pool.dtype).removeprefix("torch.")
-        namespace, producer = namespace_and_producer(facts, int(pool.page_size), dtype, self._settings.grid)
-        group = namespace.spec.groups[0]
-        memory = HostMemory(pool, group)
-        part = part_of(group, facts.tp_size, facts.tp_rank)
-        cache = open_cache(
-            self._settings.url.split(),
-            namespace=namespace,
-            producer=producer,
-            pool_bytes=self._settings.config.pool_bytes,
-        )
+        cache, group, part = open_engine_cache(facts, self._settings, int(pool.page_size), dtype)
         try:
+            memory = HostMemory(pool, group)
+            # Each rank claims for itself, so its tickets have one part, the first.
             with memory.kept():
-                # Each rank claims for itself, so its tickets have one part, the first.
-                self._connector = GPUConnector(cache, memory.layout, part, write_op=memory.write)
+                if self._settings.zero_copy:
+                    self._connector = GPUConnector(cache, memory.layout, part, write_op=memory.write)
+                else:
+                    self._flat = flat = FlatPages(memory, min(_FLAT_PAGES, int(pool.page_num)))
+                    self._connector = GPUConnector(cache, flat.layout, part, write_op=flat.write)
         except BaseException:
             cache.close(1.0)
             raise
         self._cache = cache
-        _log.info("namespace %s, producer %s, %s", namespace.id, producer.name, self._settings.url)
 
     def close(self) -> None:
         """SGLang calls this when the backend is detached."""
@@ -174,21 +162,39 @@ class HiCacheBackend(HiCacheStorage):
         lost = [False] * len(keys)
         return self._safely(lost, lambda cache, connector: self._write(cache, connector, keys, host_indices, before))
 
-    # The interface of pages that are copied once more, and of other kinds of KV: refused at start, so never used.
+    # The interface of pages that are copied once more: one flat tensor each.
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> torch.Tensor | None:
-        return None
+        return self.batch_get([key], [target_location])[0]
 
-    def batch_get(self, keys: list[str], target_locations: Any = None, target_sizes: Any = None) -> list[None]:
-        return [None] * len(keys)
+    def batch_get(
+        self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
+    ) -> list[torch.Tensor | None]:
+        """Fill one tensor a page; None from the first that is missing."""
+        targets = list(target_locations or ())
+        found: list[torch.Tensor | None] = []
+        for some in _some(keys):
+            theirs = targets[len(found) : len(found) + len(some)]
+            missing: list[torch.Tensor | None] = [None] * len(some)
+            found += self._safely(missing, functools.partial(self._read_flat, keys=some, targets=theirs))
+            if None in found:
+                break
+        return [*found, *[None] * (len(keys) - len(found))]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        return False
+        return self.batch_set([key], [value])
 
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        return False
+        """Offer pages, one tensor each; as ``batch_set_v1``."""
+        given = list(values or ())
+        return len(given) == len(keys) and all(
+            self._safely(False, functools.partial(self._write_flat, keys=some, values=given[at : at + len(some)]))
+            for at, some in zip(range(0, len(keys), _FLAT_PAGES), _some(keys), strict=True)
+        )
+
+    # Other kinds of KV are refused at start, so this is never used.
 
     def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
         return PoolTransferResult.empty()
@@ -220,29 +226,31 @@ class HiCacheBackend(HiCacheStorage):
             found = cache.wait(rid, _QUERY_S, settle=False)
         pages = found.chunks if found.state == LookupState.READY else found.found
         if pages:
-            self._hold(cache, digests[pages - 1], rid)
+            self._hold(cache, digests[pages - 1], rid, pages)
         else:
             cache.forget(rid)
         return pages
 
     def _read(self, cache: Cache, connector: GPUConnector, keys: list[str], places: torch.Tensor) -> list[bool]:
         digests = digests_of(keys)
-        rid = f"sglang-{self._config.tp_rank}-r{next(self._numbers)}"
+        held, pages = self._unhold(digests)
+        rid = held or f"sglang-{self._config.tp_rank}-r{next(self._numbers)}"
         try:
-            found = cache.lookup(rid, self._chain(digests))
-            if found.state == LookupState.PENDING:
-                found = cache.wait(rid, _READ_S)
-            ticket = cache.claim(rid, found.chunks) if found.chunks else None
+            # What the query has found is claimed as it is, if that is what is read, and has come.
+            ticket = cache.claim(rid, pages) if held and pages == len(keys) else None
+            if ticket is None:
+                found = cache.lookup(rid, self._chain(digests))
+                if found.state == LookupState.PENDING:
+                    found = cache.wait(rid, _READ_S)
+                ticket = cache.claim(rid, found.chunks) if found.chunks else None
             if ticket is None:
                 return [False] * len(keys)
-            width = self._width
-            transfer = connector.load(ticket, _slots(places)[: found.chunks * width])
+            transfer = connector.load(ticket, _slots(places)[: ticket.boundary * self._width])
             _end(transfer)
             failed = set(transfer.failed_chunks())
-            return [page < found.chunks and page not in failed for page in range(len(keys))]
+            return [page < ticket.boundary and page not in failed for page in range(len(keys))]
         finally:
             cache.forget(rid)
-            self._unhold(cache, digests[-1])
 
     def _write(
         self, cache: Cache, connector: GPUConnector, keys: list[str], places: torch.Tensor, before: list[str] | None
@@ -258,6 +266,28 @@ class HiCacheBackend(HiCacheStorage):
         failed = set(transfer.failed_chunks())
         return [first + page not in failed for page in range(len(keys))]
 
+    def _read_flat(
+        self, cache: Cache, connector: GPUConnector, keys: list[str], targets: list[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        flat = self._flat
+        if flat is None or len(targets) != len(keys):
+            return [None] * len(keys)
+        with self._copying:  # one scratch memory for reads and writes
+            there = self._read(cache, connector, keys, torch.arange(len(keys) * self._width))
+            for number, target in enumerate(targets):
+                if there[number]:
+                    target.copy_(flat.page(number).reshape(-1))
+        return [target if found else None for found, target in zip(there, targets, strict=True)]
+
+    def _write_flat(self, cache: Cache, connector: GPUConnector, keys: list[str], values: list[torch.Tensor]) -> bool:
+        flat = self._flat
+        if flat is None:
+            return False
+        with self._copying:
+            for number, value in enumerate(values):
+                flat.put(number, value)
+            return all(self._write(cache, connector, keys, torch.arange(len(keys) * self._width), None))
+
     @property
     def _width(self) -> int:
         return int(self.mem_pool_host.page_size)
@@ -265,20 +295,22 @@ class HiCacheBackend(HiCacheStorage):
     def _chain(self, digests: list[bytes], *, positions_known: bool = False) -> Chain:
         return Chain.from_digests(digests, self._width, positions_known=positions_known)
 
-    def _hold(self, cache: Cache, last: bytes, rid: str) -> None:
+    def _hold(self, cache: Cache, last: bytes, rid: str, pages: int) -> None:
         with self._lock:
             dropped = [self._held.pop(last)] if last in self._held else []
-            self._held[last] = rid
+            self._held[last] = rid, pages
             while len(self._held) > _MOST_HELD:
                 dropped.append(self._held.pop(next(iter(self._held))))
-        for one in dropped:
+        for one, _ in dropped:
             cache.forget(one)
 
-    def _unhold(self, cache: Cache, last: bytes) -> None:
+    def _unhold(self, digests: list[bytes]) -> tuple[str, int]:
         with self._lock:
-            rid = self._held.pop(last, None)
-        if rid is not None:
-            cache.forget(rid)
+            return self._held.pop(digests[-1], ("", 0)) if digests else ("", 0)
+
+
+def _some(keys: list[str]) -> list[list[str]]:
+    return [keys[at : at + _FLAT_PAGES] for at in range(0, len(keys), _FLAT_PAGES)]
 
 
 def _slots(places: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -65,12 +65,18 @@ class HostMemory:
                 "holds exactly the model's own"
             )
         self._pool = pool
+        self._group = group
         self._kept: dict[int, torch.Tensor] = {}
-        sides = {"latent": pool.kv_buffer} if latent else {"k": pool.kv_buffer[0], "v": pool.kv_buffer[1]}
-        at, axes = _LAYOUTS[pool.layout]
+        self.layout = self._layout_of(pool.kv_buffer)
+
+    def _layout_of(self, buffer: torch.Tensor) -> KVLayout:
+        """Of memory whose axes are those of the pool."""
+        group, latent = self._group, self._group.kind == GroupKind.LATENT
+        sides = {"latent": buffer} if latent else {"k": buffer[0], "v": buffer[1]}
+        at, axes = _LAYOUTS[self._pool.layout]
         if any(side.dim() != len(axes) + 1 or side.shape[at] != len(group.layers) for side in sides.values()):
-            raise LayoutError(f"host memory of layout {pool.layout!r} and shape {tuple(pool.kv_buffer.shape)}")
-        self.layout = KVLayout(
+            raise LayoutError(f"host memory of layout {self._pool.layout!r} and shape {tuple(buffer.shape)}")
+        return KVLayout(
             tuple(
                 Plane.of(side.select(at, number), axes, group=group.name, layer=layer, role=role)
                 for role, side in sides.items()
@@ -126,3 +132,41 @@ class HostMemory:
         device = torch.device(self._pool._transfer_device)
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)
+
+
+class FlatPages:
+    """Some pages of memory like the pool's, to and from tensors as SGLang makes them of a page: its second interface.
+
+    Args:
+        count: pages.
+
+    Attributes:
+        layout: the planes.
+    """
+
+    def __init__(self, memory: HostMemory, count: int) -> None:
+        self._memory = memory
+        self._pool = pool = memory._pool
+        shape = list(pool.kv_buffer.shape)
+        at, axes = _LAYOUTS[pool.layout]
+        # The axis of pages, or of all tokens: before or behind that of layers, and behind that of K and V.
+        self._axis = int(at == 0) + int(memory._group.kind != GroupKind.LATENT)
+        self._width = 1 if "page" in axes else pool.page_size
+        shape[self._axis] = count * self._width
+        self._buffer = torch.zeros(shape, dtype=pool.dtype)
+        self.layout = memory._layout_of(self._buffer)
+
+    def page(self, number: int) -> torch.Tensor:
+        """A view of one page."""
+        return self._buffer.narrow(self._axis, number * self._width, self._width)
+
+    def put(self, number: int, flat: torch.Tensor) -> None:
+        """Fill a page from SGLang's tensor of it."""
+        page = self.page(number)
+        page.copy_(flat.view(self._buffer.dtype).reshape(page.shape))
+
+    def write(self, layer: int, slots: Slots, k: Bytes, v: Bytes | None) -> None:
+        """As :meth:`HostMemory.write`; the pool's pages are then taken out of it by SGLang's own means."""
+        self._memory.write(layer, slots, k, v)
+        for number in np.unique(slots // self._pool.page_size):
+            self.put(int(number), self._pool.get_data_page(int(number) * self._pool.page_size, flat=True))

@@ -71,6 +71,7 @@ def refuse_unserved_engine(facts: EngineFacts) -> None:
         ("pp_size", "pipeline parallelism"),
         ("attn_cp_size", "KV that is sharded by tokens"),
         ("dcp_size", "KV that is sharded by tokens"),
+        ("attn_dp_size", "DP attention"),  # which is what SGLang makes of --enable-dp-attention
         ("nnodes", "an engine over several nodes"),
     ):
         if (getattr(server, name, 1) or 1) > 1:

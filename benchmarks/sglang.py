@@ -1,0 +1,162 @@
+"""SGLang's hierarchical cache over the daemon: pages of its real host memory, and what a miss costs an engine.
+
+Pages go to the daemon's pool and back by the calls that SGLang makes, against a bare copy of as many bytes from one
+place in memory to another, and against SGLang's own ``file`` backend with a folder in memory. Two engines are then
+compared in pairs of requests: both have SGLang's hierarchical cache with the same settings, one has the backend.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Row, at_least, paired
+from benchmarks.hf import model_directory
+from benchmarks.vllm import ask, cost, pairs, served, unique
+from lmcache_sdk.testing.harness import EngineHarness
+from tests.sglang.process import engine
+
+BAR = 0.8
+PAGES = 128  # as many as SGLang asks for at once
+MISS_TOKENS = 512
+NEW_TOKENS = 4
+PAIRS = 30
+# Of benchmarks.vllm's daemon.
+POOL_BYTES = 2 << 30
+# 128 KiB a page; the real model's have 1440.
+SMALL = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
+
+
+def model_with(facts: dict[str, int], model: Path, folder: Path) -> Path:
+    """A model directory of another shape, whose weights nobody computes with."""
+    for file in model.iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()  # a copy may be read-only
+    (folder / "config.json").write_text(json.dumps(config | facts))
+    return folder
+
+
+def batches(model: Path, layout: str, bar: float = 0.0, *, file: bool = False) -> Iterator[Row]:
+    """Rows of one layout: a batch to the host memory, and one from it."""
+    pools = importlib.import_module("tests.sglang.pools")
+    with served() as (url, _), tempfile.TemporaryDirectory(prefix="file-", dir="/dev/shm") as folder:
+        rank = pools.Rank(model, url, layout=layout, pages=2 * PAGES + 2)
+        theirs = file_backend(rank, folder)
+        chosen = list(range(1, PAGES + 1))
+        rank.fill(chosen, seed=1)
+        nbytes = rank.host.kv_buffer.nbytes // rank.host.page_num * PAGES
+        source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+        numbers = itertools.count()
+        keys = pools.digests(next(numbers), PAGES)
+        cache = rank.backend._cache
+
+        def bare() -> None:
+            np.copyto(target, source)
+
+        def into() -> None:
+            assert all(rank.set(pools.digests(next(numbers), PAGES), chosen, before=[]))
+
+        def back() -> None:
+            assert all(rank.get(keys, list(range(PAGES + 1, 2 * PAGES + 1))))
+
+        def found() -> None:
+            assert rank.backend.batch_exists(keys) == PAGES
+
+        for _ in range((POOL_BYTES + nbytes) // nbytes):
+            into()  # from now on the pool is full: its memory has been used, and each set needs room
+        assert all(rank.set(keys, chosen, before=[]))
+        found()
+        settled = functools.partial(cache.drain, 10)
+        of = f"sglang, {PAGES} pages of {nbytes // PAGES >> 10} KiB, {layout}"
+        yield at_least(f"{of}: speed of a get / bare copy", paired(back, bare, nbytes, settle=found), bar)
+        if file:
+            assert theirs.set_generic(keys, chosen)
+            result = paired(back, lambda: theirs.get_generic(keys, chosen), nbytes, settle=found)
+            yield at_least(f"{of}: speed of a get / SGLang's file backend", result)
+        yield at_least(f"{of}: speed of a set / bare copy", paired(into, bare, nbytes, settle=settled), bar)
+        if file:
+
+            def into_files() -> None:
+                assert theirs.set_generic(pools.digests(next(numbers), PAGES), chosen)
+
+            yield at_least(
+                f"{of}: speed of a set / SGLang's file backend", paired(into, into_files, nbytes, settle=settled)
+            )
+        rank.close()
+
+
+def file_backend(rank: Any, folder: str) -> Any:
+    """SGLang's own ``file`` backend on the same host memory."""
+    from sglang.srt.mem_cache.hicache_storage import HiCacheFile
+
+    os.environ["SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"] = folder
+    backend = HiCacheFile(rank.config)
+    backend.register_mem_pool_host(rank.host)
+    other = copy.copy(rank)
+    other.backend = backend
+    return other
+
+
+def copies(model: Path) -> Iterator[Row]:
+    """All layouts with the real model's pages, and small pages."""
+    importlib.import_module("tests.sglang.cpu")  # before SGLang
+    yield from batches(model, "page_first_direct", BAR, file=True)
+    for layout in ("page_first", "layer_first", "page_head"):
+        yield from batches(model, layout)
+    with tempfile.TemporaryDirectory() as folder:
+        small = model_with(SMALL, model, Path(folder))
+        yield from batches(small, "page_first_direct", file=True)
+
+
+def start(model: Path, url: str | None) -> EngineHarness:
+    return engine(
+        model,
+        url,
+        memory_tokens=4096,
+        enable_hierarchical_cache=True,
+        hicache_mem_layout="page_first_direct",
+        hicache_io_backend="direct",
+        hicache_write_policy="write_through",
+        hicache_storage_prefetch_policy="timeout",
+        variables={"OMP_NUM_THREADS": str(os.cpu_count() or 1)},
+    )
+
+
+def misses(model: Path) -> Iterator[Row]:
+    """Prompts that nobody has seen: asked for, computed and stored, against SGLang's hierarchical cache alone."""
+    with served() as (url, _), start(model, None) as plain, start(model, url) as cached:
+
+        def one(harness: EngineHarness) -> Callable[[], tuple[float, ...]]:
+            def run() -> tuple[float, ...]:
+                first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
+                assert hit == 0
+                if harness is cached:
+                    cached.flush(60)
+                return first, last
+
+            return run
+
+        first, last = pairs(one(cached), one(plain), PAIRS)
+        yield cost(f"sglang, {MISS_TOKENS} tokens, no hit, stored: TTFT / plain hierarchical cache", first, 1.02)
+        what = f"sglang, {MISS_TOKENS} + {NEW_TOKENS} tokens, no hit, stored: time / plain hierarchical cache"
+        yield cost(what, last, 1.02)
+
+
+def rows() -> Iterator[Row]:
+    model = Path(model_directory())
+    print(f"threads of a copy: 1; cores: {os.cpu_count()}", file=sys.stderr)
+    yield from copies(model)
+    yield from misses(model)
