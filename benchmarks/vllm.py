@@ -1,8 +1,9 @@
 """vLLM's CPU build with a real model: what a hit saves, and what being there costs.
 
-The model is the directory in ``LMCACHE_SDK_TEST_MODEL``; without it the small one that ``tools/model.py`` makes. Two
-engines are compared in pairs of requests, one of them working at a time; each row has the bound that its median is
-below with 95 % confidence.
+The model is the directory in ``LMCACHE_SDK_TEST_MODEL``; without it the small one that ``tools/model.py`` makes.
+Engines are compared in turns of requests, one of them working at a time; each row has the bound that its median is
+below with 95 % confidence. What being there costs is measured against two vLLMs without a connector, which are compared
+with each other too: that control is what the machine and the order of things do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ PROMPT_TOKENS = 2048
 MISS_TOKENS = 512
 NEW_TOKENS = 16
 PAIRS = 24
+ROUNDS = 3  # starts of the engines: two processes of one program differ by some per cent, for as long as they run
 BLOCK = 64
 POOL = "2GiB"
 
@@ -82,24 +84,38 @@ def ask(harness: EngineHarness, ids: list[int], new_tokens: int = 1) -> tuple[fl
     return answer["ttft_s"], time.perf_counter() - begin, answer["cached_tokens"]
 
 
-def pairs(
-    measured: Callable[[], tuple[float, ...]], reference: Callable[[], tuple[float, ...]], count: int = PAIRS
-) -> list[list[tuple[float, float]]]:
-    """For each figure that both give: (measured, reference) of every pair. Which of them goes first alternates."""
-    measured()
-    reference()
-    found: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
-    for number in range(count):
-        if number % 2:
-            one = measured()
-            found.append((one, reference()))
-        else:
-            other = reference()
-            found.append((measured(), other))
-    return [[(a[at], b[at]) for a, b in found] for at in range(len(found[0][0]))]
+def cpu_s(harness: EngineHarness) -> float:
+    """CPU time of an engine in one process, since its start."""
+    fields = Path(f"/proc/{harness.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def cost(name: str, samples: list[tuple[float, float]], bar: float) -> Row:
+Run = Callable[[], tuple[float, ...]]
+Samples = list[tuple[float, float]]
+
+
+def turns(runs: Sequence[Run], count: int = PAIRS) -> list[list[tuple[float, ...]]]:
+    """For each run, its figures in every turn. Which of the runs goes first alternates."""
+    for run in runs:
+        run()
+    found: list[list[tuple[float, ...]]] = [[] for _ in runs]
+    for turn in range(count):
+        for at in range(len(runs)) if turn % 2 else reversed(range(len(runs))):
+            found[at].append(runs[at]())
+    return found
+
+
+def pairs(measured: Run, reference: Run, count: int = PAIRS) -> list[Samples]:
+    """For each figure that both give: (measured, reference) of every turn."""
+    return against(*turns([measured, reference], count))
+
+
+def against(measured: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -> list[Samples]:
+    """Of two runs of :func:`turns`, for each figure."""
+    return [[(a[at], b[at]) for a, b in zip(measured, reference, strict=True)] for at in range(len(measured[0]))]
+
+
+def cost(name: str, samples: Samples, bar: float) -> Row:
     """Median of measured / reference; holds where it does not exceed the bar."""
     ratios = sorted(a / b for a, b in samples)
     median = statistics.median(ratios)
@@ -131,27 +147,47 @@ def _bound_index(count: int) -> int:
 
 
 def misses(model: str) -> Iterator[Row]:
-    """Prompts that nobody has seen: looked up, computed and stored, against a vLLM without a connector."""
-    with served() as (url, daemon), engine(model, None) as plain, engine(model, url) as cached:
+    """Prompts that nobody has seen: looked up, computed and stored, against two vLLMs without a connector."""
+    states = ("no hit, stored", "daemon dead")
+    found: dict[str, list[list[tuple[float, ...]]]] = {state: [[], [], []] for state in states}
+    for _ in range(ROUNDS):
+        with (
+            served() as (url, daemon),
+            engine(model, url) as cached,
+            engine(model, None) as plain,
+            engine(model, None) as other,
+        ):
+            runs = [_miss(harness) for harness in (plain, cached, other)]
+            for state in states:
+                if state == "daemon dead":
+                    daemon.send_signal(signal.SIGKILL)
+                    daemon.wait()
+                for samples, more in zip(found[state], turns(runs, PAIRS // ROUNDS), strict=True):
+                    samples += more
+    for state, (plains, ours, others) in found.items():
+        both = [
+            tuple(statistics.mean(pair) for pair in zip(*turn, strict=True))
+            for turn in zip(plains, others, strict=True)
+        ]
+        figures = (
+            f"{MISS_TOKENS} tokens, {state}: TTFT",
+            f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {state}: time",
+            f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {state}: CPU time",
+        )
+        for figure, samples, controls in zip(figures, against(ours, both), against(plains, others), strict=True):
+            yield cost(f"vllm, {figure} / plain vLLM", samples, 1.02)
+            yield cost(f"vllm, {figure}, control: plain vLLM / plain vLLM", controls, 0.0)
 
-        def one(harness: EngineHarness) -> Callable[[], tuple[float, ...]]:
-            def run() -> tuple[float, ...]:
-                first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
-                assert hit == 0
-                if harness is cached:
-                    cached.flush(60)
-                return first, last
 
-            return run
+def _miss(harness: EngineHarness) -> Run:
+    def run() -> tuple[float, ...]:
+        before = cpu_s(harness)
+        first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
+        assert hit == 0
+        harness.flush(60)
+        return first, last, cpu_s(harness) - before
 
-        first, last = pairs(one(cached), one(plain))
-        yield cost(f"vllm, {MISS_TOKENS} tokens, no hit, stored: TTFT / plain vLLM", first, 1.02)
-        yield cost(f"vllm, {MISS_TOKENS} + {NEW_TOKENS} tokens, no hit, stored: time / plain vLLM", last, 1.02)
-        daemon.send_signal(signal.SIGKILL)
-        daemon.wait()
-        first, last = pairs(one(cached), one(plain))
-        yield cost(f"vllm, {MISS_TOKENS} tokens, daemon dead: TTFT / plain vLLM", first, 1.02)
-        yield cost(f"vllm, {MISS_TOKENS} + {NEW_TOKENS} tokens, daemon dead: time / plain vLLM", last, 1.02)
+    return run
 
 
 def hits(model: str) -> Iterator[Row]:
@@ -190,7 +226,7 @@ def against_example_connector(model: str) -> Iterator[Row]:
         )
         with engine(model, url) as ours, engine(model, None, *example) as theirs:
 
-            def hit(harness: EngineHarness) -> Callable[[], tuple[float, ...]]:
+            def hit(harness: EngineHarness) -> Run:
                 ids = unique(PROMPT_TOKENS)
                 ask(harness, ids)
                 if harness is ours:
@@ -204,7 +240,7 @@ def against_example_connector(model: str) -> Iterator[Row]:
 
                 return run
 
-            def miss(harness: EngineHarness) -> Callable[[], tuple[float, ...]]:
+            def miss(harness: EngineHarness) -> Run:
                 return lambda: ask(harness, unique(MISS_TOKENS), NEW_TOKENS)[:2]
 
             (samples,) = pairs(hit(ours), hit(theirs))

@@ -299,7 +299,7 @@ class EngineTests:
         self.same(reply, cold)
 
     @pytest.mark.timeout(300)
-    def test_a_new_process_hits_at_once(self, engine: EngineHarness, start: Start, daemon: Daemon) -> None:
+    def test_two_processes_share_a_daemon(self, engine: EngineHarness, start: Start, daemon: Daemon) -> None:
         ids = self.prompt(300)
         cold = self.run(engine, ids)
         assert engine.flush()
@@ -307,9 +307,15 @@ class EngineTests:
             warm = self.run(second, ids)
             assert warm["cached_tokens"] == self.hit(second, 300, 300)
             self.same(warm, cold)
+            other = self.prompt(300)
+            cold = self.run(second, other)
+            assert second.flush()
+            warm = self.run(engine, other)
+            assert warm["cached_tokens"] == self.hit(engine, 300, 300)
+            self.same(warm, cold)
             second.kill()
         self.only_cache(engine)
-        self.same(self.run(engine, ids), cold)
+        self.same(self.run(engine, other), cold)
 
 
 def _negate(cache: DaemonCache, chain: Chain) -> int:

@@ -112,6 +112,11 @@ class EngineHarness:
             self.kill()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Of the engine process."""
+        return self._running().pid
+
     def generate(
         self, ids: Sequence[int], max_new_tokens: int = 1, *, timeout_s: float = 60.0, **fields: Any
     ) -> dict[str, Any]:

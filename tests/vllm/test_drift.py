@@ -68,7 +68,8 @@ FIELDS = {
     KVCacheGroupSpec: "kv_cache_spec layer_names",
     FullAttentionSpec: "sliding_window attention_chunk_size block_size num_kv_heads head_size",
     MLAAttentionSpec: "block_size head_size",
-    SchedulerOutput: "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens preempted_req_ids",
+    SchedulerOutput: "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens preempted_req_ids "
+    "has_sync_kv_loads",
     NewRequestData: "req_id block_ids num_computed_tokens",
     CachedRequestData: "req_ids new_block_ids num_computed_tokens resumed_req_ids",
     KVConnectorOutput: "finished_sending finished_recving invalid_block_ids kv_connector_worker_meta",

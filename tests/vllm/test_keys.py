@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from lmcache_adapters.settings import on_error
 from lmcache_adapters.vllm.chains import chain_of
 from lmcache_adapters.vllm.identity import lora_key
 from lmcache_adapters.vllm.settings import Wishes, read_settings, read_wishes
-from lmcache_sdk import Chain, ConfigError, LayoutError, UnsupportedError
+from lmcache_sdk import BackendFormatError, Chain, ConfigError, LayoutError, UnsupportedError
 from lmcache_sdk.spec import WHOLE, Group, GroupKind, Part
 from tests.core.served import Served
 from tests.vllm.pretend import PretendEngine, until
@@ -191,6 +192,29 @@ def test_on_error_refuses_or_degrades(
     assert engine.run("a", IDS) == 0
     assert str(engine.finished["a"]) == "length"
     engine.settle()
+
+
+@pytest.fixture
+def later_daemon(monkeypatch: pytest.MonkeyPatch, served: Served) -> Iterator[Served]:
+    """In the place of one of this release, one that speaks another version of the protocol."""
+    served.stop()
+    program = (
+        "import lmcache_sdk.daemon.protocol as p; p.PROTOCOL_VERSION = 99; from lmcache_sdk.cli import main; main()"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.core.served.COMMAND", [sys.executable, "-c", program])
+        served.start()
+        yield served
+
+
+def test_a_daemon_of_another_version_is_refused_or_done_without(
+    start: Any, later_daemon: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BackendFormatError, match="99"):
+        start(url=later_daemon.url)
+    engine = start(url=later_daemon.url, on_error="degrade")
+    assert "vLLM serves WITHOUT the cache: BackendFormatError" in capfd.readouterr().err
+    assert engine.run("a", IDS) == 0
 
 
 def test_a_worker_that_cannot_be_served_ends_the_cache_for_all(

@@ -79,8 +79,8 @@ def _lose_chunks(engine: PretendEngine, chance: random.Random) -> list[bool]:
     copies = engine.ranks[-1].connector._worker._connector
     load = copies.load
 
-    def lose(ticket: Any, slots: Any) -> Any:
-        transfer = load(ticket, slots)
+    def lose(ticket: Any, slots: Any, **fields: Any) -> Any:
+        transfer = load(ticket, slots, **fields)
         if losses:
             losses.pop()
             transfer.wait(10)

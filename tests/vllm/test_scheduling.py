@@ -180,7 +180,7 @@ def test_an_aborted_load_stores_nothing(make: Make, served: Served) -> None:
     assert not reader.connector._scheduler._step.stores
 
 
-def _never(ticket: Any, slots: Any) -> Any:
+def _never(ticket: Any, slots: Any, **_: Any) -> Any:
     from lmcache_sdk.connector import CopyTransfer
 
     return CopyTransfer(range(ticket.first, ticket.boundary), 1)
@@ -284,8 +284,8 @@ def test_some_chunks_do_not_come(make: Make, failed: int) -> None:
     copies = engine.ranks[0].connector._worker._connector
     load = copies.load
 
-    def lose(ticket: Any, slots: Any) -> Any:
-        transfer = load(ticket, slots)
+    def lose(ticket: Any, slots: Any, **fields: Any) -> Any:
+        transfer = load(ticket, slots, **fields)
         assert transfer.wait(10)
         transfer.fail([failed])
         return transfer

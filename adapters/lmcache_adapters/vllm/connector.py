@@ -189,10 +189,11 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
             cache.close(1.0)
             raise
         self._worker_cache = cache
-        self._worker = Worker(connector, spec.chunk_tokens, self._block_tokens)
+        self._worker = Worker(connector, spec.chunk_tokens, self._block_tokens, memory.now)
 
-    def get_handshake_metadata(self) -> Readiness:
-        return Readiness(self._trouble)
+    def get_handshake_metadata(self) -> Readiness | None:
+        # Of several connectors (MultiConnector) only one is heard: one that needs a handshake goes before our "ready".
+        return Readiness(self._trouble) if self._trouble else None
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker:

@@ -40,8 +40,11 @@ class WorkerExtension:
         """Wait until this rank's copies have ended."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        worker = get_kv_transfer_group()._worker
-        return bool(worker is None or worker.drain(timeout_s))
+        from lmcache_adapters.vllm.connector import LMCacheSDKConnector
+
+        group = get_kv_transfer_group()
+        ours = [one for one in getattr(group, "sub_connectors", [group]) if isinstance(one, LMCacheSDKConnector)]
+        return all(one._worker is None or one._worker.drain(timeout_s) for one in ours)
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Engine:
         self._cache = cache
         self._answer = answer
         self._running: dict[str, _Running] = {}
+        self._loras: dict[str, int] = {}
         self._in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         self._count = 0
 
@@ -107,7 +111,7 @@ class Engine:
                 self._answer({"id": number, **_OPS[op](self, **request)})
             else:
                 raise ConfigError(f"unknown op {op!r}; there are: generate, {', '.join(_OPS)}, stop")
-        except (LMCacheSDKError, ValueError, TypeError, AttributeError) as error:
+        except (LMCacheSDKError, OSError, ValueError, TypeError, AttributeError) as error:
             self._answer({"id": number, "error": f"{type(error).__name__}: {error}"})
         return True
 
@@ -125,7 +129,10 @@ class Engine:
         store: bool = True,
         logits: bool = False,
         params: dict[str, Any] | None = None,
+        lora: str | None = None,
+        audio: str | None = None,
     ) -> None:
+        """Op ``generate``; also with an adapter's directory, and a sound (an .npy file at the model's rate)."""
         from vllm import SamplingParams
 
         wishes = {"no_load": not load, "no_store": not store, **(params or {})}
@@ -142,14 +149,26 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
+        if audio is not None:
+            import numpy as np
+
+            prompt["multi_modal_data"] = {"audio": np.load(audio)}
         self._count += 1
         rid = f"harness-{self._count}"
         self._running[rid] = _Running(number, time.perf_counter())
         try:
-            self._engine.add_request(rid, prompt, sampling)
+            self._engine.add_request(rid, prompt, sampling, lora_request=self._lora(lora))
         except BaseException:
             del self._running[rid]
             raise
+
+    def _lora(self, directory: str | None) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        if directory is None:
+            return None
+        number = self._loras.setdefault(directory, len(self._loras) + 1)
+        return LoRARequest(f"lora-{number}", number, directory)
 
     def _step(self) -> None:
         for output in self._engine.step():
@@ -271,7 +290,7 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     from lmcache_adapters.vllm.settings import read_settings
 
     config = engine.vllm_config
-    settings = read_settings(config.kv_transfer_config.kv_connector_extra_config)
+    settings = read_settings({"url": options.cache, **pairs(options.extra)})
     identity = namespace_and_producer(config, settings)
     return engine, open_for_worker(settings, config.kv_transfer_config.engine_id, *identity)
 

@@ -55,6 +55,7 @@ class EngineMemory:
         if len(devices) != 1:
             raise LayoutError(f"KV memory on {', '.join(sorted(devices)) or 'no device'}; served is one device a rank")
         self.layout = KVLayout(tuple(planes), device=devices.pop())
+        self._device = torch.device(self.layout.device)
 
     def write(self, layer: int, slots: Slots, k: Bytes, v: Bytes | None) -> None:
         """Write rows as vLLM's forward pass does; see :class:`lmcache_sdk.proof.WriteOp`."""
@@ -69,6 +70,14 @@ class EngineMemory:
                 impl.do_kv_cache_update(latent, rope, memory, places, impl.kv_cache_dtype, module._k_scale)
             else:
                 impl.do_kv_cache_update(module, rows[0], rows[1], memory, places)
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize(self._device)
+
+    def now(self) -> Any:
+        """An event behind all that vLLM has queued on its stream so far; None on the CPU, which has no streams."""
+        if self._device.type == "cpu":
+            return None
+        return torch.get_device_module(self._device).current_stream(self._device).record_event()
 
 
 def _number(name: str) -> int:

@@ -40,7 +40,8 @@ class _State:
             the first estimate, and what computing would take.
         stored: chunks that the workers were told to store.
         storing: stores of theirs that have not ended.
-        loading: what vLLM takes for computed has not come yet.
+        filled: tokens whose KV is there when the last planned step is done. vLLM also counts what is being loaded.
+        doubtful: another connector loads within a step (MultiConnector) whose end is not known yet; it may fail.
         hopeless: a load has failed; what is left of the request is computed.
     """
 
@@ -58,7 +59,8 @@ class _State:
     sources: Mapping[str, int] = field(default_factory=dict)
     stored: int = 0
     storing: int = 0
-    loading: bool = False
+    filled: int = 0
+    doubtful: bool = False
     hopeless: bool = False
 
 
@@ -117,7 +119,7 @@ class Scheduler:
     def allocated(self, request: Any, blocks: Sequence[int], external: int) -> None:
         """vLLM has taken blocks for the request, ``external`` tokens of them to be loaded."""
         state = self._state(request)
-        state.blocks = list(blocks)
+        state.blocks, state.filled = list(blocks), 0
         lookup, state.lookup, state.pending_since = state.lookup, None, None
         if lookup is None or state.chain is None:
             return
@@ -128,7 +130,7 @@ class Scheduler:
             ticket = self._safely(None, self._cache.claim, rid, boundary, first=first, parts=self._ranks)
             if ticket is not None:
                 self._tickets[rid] = ticket
-            state.sources, state.loading = lookup.sources, True
+            state.sources = lookup.sources
             used = -(-end // self._block_tokens)
             self._step.loads.append(Load(rid, ticket, start, end, state.blocks[:used]))
         self._safely(None, self._cache.forget, rid)
@@ -139,13 +141,14 @@ class Scheduler:
         preempted = getattr(output, "preempted_req_ids", None)
         step.preempted = None if preempted is None else {rid for rid in preempted if self._is_storing(rid)}
         scheduled = output.num_scheduled_tokens
+        doubtful = getattr(output, "has_sync_kv_loads", False)
         spans: list[tuple[int, int]] = []
         for new in output.scheduled_new_reqs:
             state = self._states.get(new.req_id)
             if state is not None:
                 state.blocks = list(new.block_ids[0])
             spans.append((new.num_computed_tokens, scheduled[new.req_id]))
-            self._plan_store(step, new.req_id, sum(spans[-1]))
+            self._plan_store(step, new.req_id, sum(spans[-1]), doubtful)
         cached = output.scheduled_cached_reqs
         for rid, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             state = self._states.get(rid)
@@ -154,7 +157,7 @@ class Scheduler:
             elif state is not None and blocks:
                 state.blocks += blocks[0]
             spans.append((computed, scheduled[rid]))
-            self._plan_store(step, rid, sum(spans[-1]))
+            self._plan_store(step, rid, sum(spans[-1]), doubtful)
         self._time(step, spans)
         return step
 
@@ -176,8 +179,6 @@ class Scheduler:
         self._last_output = now
         for rid in received:
             self._release(rid)
-            if rid in self._states:
-                self._states[rid].loading = False
         for rid in sent:
             state = self._held.pop(rid, None)
             if state is not None:
@@ -193,9 +194,8 @@ class Scheduler:
             self._safely(None, self._cache.forget, rid)
         state.blocks = list(blocks)
         # With asynchronous scheduling the last tokens were not known yet when their step was planned.
-        processed = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
-        if not state.loading:
-            self._store(self._step, state, processed)
+        processed = request.num_computed_tokens - _in_flight(request)
+        self._store(self._step, state, min(processed, state.filled))
         if state.storing <= 0:
             self._pin(state)
             return False
@@ -319,9 +319,13 @@ class Scheduler:
 
     # Stores
 
-    def _plan_store(self, step: StepMeta, rid: str, computed: int) -> None:
+    def _plan_store(self, step: StepMeta, rid: str, computed: int, doubtful: bool) -> None:
         state = self._states.get(rid)
-        if state is not None:
+        if state is None:
+            return
+        state.filled = computed
+        state.doubtful = doubtful or (state.doubtful and _in_flight(state.request) > 0)
+        if not state.doubtful:
             self._store(step, state, computed)
 
     def _store(self, step: StepMeta, state: _State, computed: int) -> None:
@@ -358,3 +362,8 @@ class Scheduler:
 
     def _count(self, name: str, number: float = 1) -> None:
         self.figures[name] = self.figures.get(name, 0) + number
+
+
+def _in_flight(request: Any) -> int:
+    """Tokens of steps that have been scheduled and have not come back."""
+    return int(getattr(request, "num_in_flight_tokens", 0))

@@ -7,7 +7,9 @@ vLLM computes them. A store reads its blocks after the forward pass that filled 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +37,18 @@ class Worker:
         connector: None = this rank's memory cannot be served: loads fail, stores are dropped.
         chunk_tokens: of the namespace.
         block_tokens: of a block as the scheduler counts them.
+        now: an event of the device's, behind all that vLLM has queued so far; None where it has no streams.
     """
 
-    def __init__(self, connector: GPUConnector | None, chunk_tokens: int, block_tokens: int) -> None:
+    def __init__(
+        self,
+        connector: GPUConnector | None,
+        chunk_tokens: int,
+        block_tokens: int,
+        now: Callable[[], Any] = lambda: None,
+    ) -> None:
         self._connector = connector
+        self._now = now
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._loading: dict[str, _Loading] = {}
@@ -64,7 +74,8 @@ class Worker:
         for load in meta.loads:
             transfer = None
             if self._connector is not None and load.ticket is not None:
-                transfer = self._connector.load(load.ticket, self._slots_of_load(load))
+                # A step that is still being computed may read the blocks, for the request that had them.
+                transfer = self._connector.load(load.ticket, self._slots_of_load(load), after=self._now())
             self._loading[load.rid] = _Loading(load, transfer, time.perf_counter())
         if idle and self._loading:
             _wait_for_any([loading.transfer for loading in self._loading.values()])
@@ -78,7 +89,8 @@ class Worker:
                 continue
             chain = self._chain(store)
             slots = self._slots(store.blocks, store.first * self._chunk_tokens, len(chain) * self._chunk_tokens)
-            self._storing.append((store.rid, self._connector.store(store.rid, chain, store.first, slots)))
+            transfer = self._connector.store(store.rid, chain, store.first, slots, after=self._now())
+            self._storing.append((store.rid, transfer))
             self._count("store_requests")
         self._held |= meta.held
 

@@ -1,0 +1,37 @@
+"""On a device: copies are queued behind what vLLM has queued when it asks for them."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from lmcache_adapters.vllm.messages import Load, StepMeta, Store
+from lmcache_adapters.vllm.worker import Worker
+from lmcache_sdk.api import Ticket
+from lmcache_sdk.connector import CopyTransfer
+
+
+class Copies:
+    """In the place of a GPUConnector."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+
+    def load(self, ticket: Any, slots: np.ndarray, *, after: Any) -> CopyTransfer:
+        self.asked.append(("load", after))
+        return CopyTransfer([], 1)
+
+    def store(self, rid: str, chain: Any, first: int, slots: np.ndarray, *, after: Any) -> CopyTransfer:
+        self.asked.append(("store", after))
+        return CopyTransfer([], 1)
+
+
+def test_each_copy_waits_for_what_was_queued_before_it() -> None:
+    copies, events = Copies(), count(1)
+    worker = Worker(copies, 64, 32, lambda: f"event {next(events)}")
+    ticket = Ticket(lease=1, boot="b", cells=(0,), extents=bytes(16), first=0, boundary=1)
+    worker.start_loads(StepMeta(loads=[Load("a", ticket, 0, 64, [1, 2])]), idle=False)
+    worker.start_stores(StepMeta(stores=[Store("b", 0, bytes(32), [3, 4], "", False)]))
+    assert copies.asked == [("load", "event 1"), ("store", "event 2")]
