@@ -6,7 +6,7 @@ ends sooner than computing the same, and is given up before it has cost a tenth 
 
 from __future__ import annotations
 
-SLACK = 0.05  # of the time to compute: what may be lost while nothing is known, and again where the end recedes
+SLACK = 0.03  # of the time to compute: what may be lost while nothing is known, and again where the end recedes
 FIRST_WAIT_S = 2.0  # patience of an engine that has computed nothing yet
 _DECAY = 0.875  # each measurement makes the earlier ones count so much less
 _LEAST_SPREAD = 0.1  # measurements that are closer together than this say nothing about a slope

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -91,11 +93,30 @@ def _conforms(store: LiveStore) -> bool:
     with tempfile.TemporaryDirectory(prefix="lmcache-sdk-check-") as folder, _plain_pytest():
         arguments = [str(suite), "-c", os.devnull, "--rootdir", folder, "--basetemp", f"{folder}/tests"]
         plugins = ["no:terminal", "no:cacheprovider"]
-        status = pytest.main([*arguments, *(f"-p{plugin}" for plugin in plugins)], plugins=[report])
-    if status == pytest.ExitCode.INTERRUPTED:
+        with _interrupts() as interrupted:
+            status = pytest.main([*arguments, *(f"-p{plugin}" for plugin in plugins)], plugins=[report])
+    if interrupted or status == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     typer.echo(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped")
     return status == pytest.ExitCode.OK
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Those that come meanwhile. The exception alone may be lost, where it meets code that runs for the collector."""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

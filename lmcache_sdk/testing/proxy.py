@@ -15,6 +15,7 @@ from typing import Any, Self
 _PIECE = 1 << 16
 _COMMAND_TIMEOUT_S = 10.0
 _AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST instead of FIN
+_ACCEPT_TURNS = 8  # of the loop, within which a connection that was just accepted has become one of ours
 
 
 class Proxy:
@@ -111,6 +112,8 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        for _ in range(_ACCEPT_TURNS):
+            await asyncio.sleep(0)
         for connection in list(self._standing):
             connection.reset()
         others = asyncio.all_tasks() - {asyncio.current_task()}

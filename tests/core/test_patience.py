@@ -21,8 +21,8 @@ MIB = 1 << 20
         (0.0, None, 2.0, 2.0, False),
         # The tier is unknown: a small part of what computing would take.
         (0.0, 10.0, None, None, True),
-        (0.4, 10.0, None, None, True),
-        (0.5, 10.0, None, None, False),
+        (0.2, 10.0, None, None, True),
+        (0.3, 10.0, None, None, False),
         (0.0, 0.0, None, None, False),
         # Both are known.
         (0.0, 10.0, 2.0, 2.0, True),
@@ -33,7 +33,7 @@ MIB = 1 << 20
         (1.0, 10.0, 1.0, 2.0, True),
         (9.0, 10.0, 0.9, 9.9, True),
         # It recedes: first a little, then too much; or until computing is sooner done.
-        (1.0, 10.0, 1.4, 2.0, True),
+        (1.0, 10.0, 1.2, 2.0, True),
         (1.0, 10.0, 1.6, 2.0, False),
         (5.0, 10.0, 5.0, 9.9, False),
         # It is faster than it was promised.
