@@ -61,9 +61,12 @@ def closed_after(backend: ToyBackend) -> Iterator[ToyBackend]:
 
 
 def test_a_reply_taken_for_another_is_found(toy: ToyServer) -> None:
-    with Proxy("127.0.0.1", toy.port) as proxy, closed_after(KeepsGoing(proxy.port, TestToy.timeout_s)) as backend:
-        with pytest.raises(AssertionError, match="other bytes under"):
-            TestToy().test_a_late_reply_is_not_taken_for_another(proxy, backend)
+    with (
+        Proxy("127.0.0.1", toy.port) as proxy,
+        closed_after(KeepsGoing(proxy.port, TestToy.timeout_s)) as backend,
+        pytest.raises(AssertionError, match="other bytes under"),
+    ):
+        TestToy().test_a_late_reply_is_not_taken_for_another(proxy, backend)
 
 
 def test_an_error_of_another_kind_is_found(toy: ToyServer) -> None:
