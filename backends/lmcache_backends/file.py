@@ -53,20 +53,24 @@ class FileBackend(Backend):
         return self._root.joinpath(f"{crc32(name.encode()) & 255:02x}", *filter(None, (name[:200], name[200:])))
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
+        pairs = zip(reversed(keys), reversed(buffers), strict=True)  # the front of a prefix is used last, and stays
         with self._call():
-            lengths = [self._read(self.path_of(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
-        self.touch(keys[::-1])  # the front of a prefix is used last, and stays
-        return lengths
+            return [self._read(self.path_of(key), buffer) for key, buffer in pairs][::-1]
 
     def _read(self, path: Path, buffer: Buffer) -> int | Miss:
         try:
-            with path.open("rb", buffering=0) as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                if nbytes > len(buffer):
-                    return Miss.TOO_LARGE
-                return nbytes if file.readinto(buffer[:nbytes]) == nbytes else Miss.ABSENT
+            file = os.open(path, os.O_RDONLY)
         except (FileNotFoundError, PermissionError):  # the latter: another user's
             return Miss.ABSENT
+        try:
+            nbytes = (stat := os.fstat(file)).st_size
+            if nbytes > len(buffer):
+                return Miss.TOO_LARGE
+            with suppress(OSError):  # another user's, too
+                os.utime(file, ns=(time.time_ns(), stat.st_mtime_ns))
+            return nbytes if os.readv(file, [buffer[:nbytes]]) == nbytes else Miss.ABSENT
+        finally:
+            os.close(file)
 
     def touch(self, keys: Sequence[str]) -> None:
         for path in map(self.path_of, keys):

@@ -206,15 +206,15 @@ def test_a_record_that_may_not_be_read_is_a_miss(tmp_path: Path, monkeypatch: py
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item(key, key.encode()) for key in "abc"])
     forbidden = backend.path_of("b")
-    real = Path.open
+    real = os.open
 
-    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+    def opened(path: Any, *arguments: Any, **named: Any) -> int:
         if path == forbidden and os.geteuid() == 0:  # whom no mode keeps out
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path, *arguments, **named)
 
     forbidden.chmod(0)
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(os, "open", opened)
     buffers = [memoryview(bytearray(1)) for _ in "abc"]
     assert backend.get(list("abc"), buffers) == [1, Miss.ABSENT, 1]
 
@@ -223,14 +223,14 @@ def test_close_waits_for_the_calls_inside(tmp_path: Path, monkeypatch: pytest.Mo
     """Their buffers are theirs until they return."""
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item("k", b"data")])
-    inside, go_on, real = threading.Event(), threading.Event(), Path.open
+    inside, go_on, real = threading.Event(), threading.Event(), os.open
 
-    def slow(path: Path, *arguments: Any, **named: Any) -> Any:
+    def slow(path: Any, *arguments: Any, **named: Any) -> int:
         inside.set()
         assert go_on.wait(30)
         return real(path, *arguments, **named)
 
-    monkeypatch.setattr(Path, "open", slow)
+    monkeypatch.setattr(os, "open", slow)
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(read, backend, "k")
         assert inside.wait(30)
