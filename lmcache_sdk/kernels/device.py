@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ def host_buffer(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
 
 
-class QueuedKernels:
+class QueuedKernels(ABC):
     """Kernels for a device, made of queues of copies. A package subclasses it and says how to queue and to register.
 
     ``gather`` and ``scatter`` serve any host memory, through a small pinned buffer; queued copies only what is pinned.
@@ -42,21 +43,21 @@ class QueuedKernels:
 
     # For a package
 
+    @abstractmethod
     def stream(self, device: str) -> CopyStream:
         """See :class:`DeviceKernels`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def allocate(self, device: str, nbytes: int) -> Room:
         """See :class:`DeviceKernels`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _register(self, address: int, nbytes: int) -> str:
         """Pin host memory; the answer is what went wrong, or nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unregister(self, address: int) -> None:
         """Undo ``_register``."""
-        raise NotImplementedError
 
     def check_queued(self, plan: Plan, chunk: Bytes, device: str) -> int:
         """The address of a chunk that may be copied by a queue.

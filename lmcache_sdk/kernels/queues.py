@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Small(NamedTuple):
     plan: Plan
 
 
-class StagedQueue:
+class StagedQueue(ABC):
     """Large runs are transferred one by one, small ones are packed into a staging buffer of the device, which is
     transferred as a whole. A :class:`~lmcache_sdk.kernels.CopyStream`; a package fills in what is vendor-specific.
 
@@ -49,37 +50,37 @@ class StagedQueue:
 
     # For a package
 
+    @abstractmethod
     def queueing(self) -> AbstractContextManager[Any]:
         """Around every use of the queue: what the vendor's libraries need to know of the calling thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def staging(self) -> tuple[int, int]:
         """Address and bytes of the staging buffer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_large(self, runs: Runs, *, to_host: bool) -> bool:
         """Whether runs are transferred one by one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transfer(self, targets: Offsets, sources: Offsets, sizes: Offsets, *, to_host: bool) -> None:
         """Queue transfers between host and device, of which none overlap; addresses and bytes, int64 each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, small: Small, piece: Piece) -> None:
         """Queue: blocks from engine memory into the front of the staging buffer, [planes, blocks, bytes]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, small: Small, piece: Piece) -> None:
         """Queue the reverse of ``pack``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, event: Any) -> None:
         """See :class:`~lmcache_sdk.kernels.CopyStream`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def record(self) -> Event:
         """See :class:`~lmcache_sdk.kernels.CopyStream`."""
-        raise NotImplementedError
 
     # What the interface asks for
 

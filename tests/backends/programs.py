@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from typing import NoReturn
 
 import pytest
 
@@ -14,10 +15,15 @@ def program(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         reason = f"no {name} on PATH; the environment `backends` of tools/environments.py has it where apt does"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        lacking(reason)
     return path
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skip the test, but fail it where ``CI`` is ``true``."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def free_port(below: int = 65_536) -> int:

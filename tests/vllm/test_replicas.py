@@ -12,6 +12,7 @@ import environments
 import numpy as np
 import pytest
 
+from tests.backends.programs import lacking
 from tests.vllm.process import engine
 
 
@@ -19,7 +20,7 @@ from tests.vllm.process import engine
 def nodes() -> Iterator[list[str]]:
     """The URLs of their daemons, which are of the environment `backends`."""
     if not (environments.folder_of("backends") / environments.STAMP).exists():
-        pytest.skip('the environment `backends` is not built: make nox ARGS="-s backends"')
+        lacking('the environment `backends` is not built: make nox ARGS="-s backends"')
     line = [sys.executable, "tools/environments.py", "run", "backends", "--", "python", "tests/vllm/fleet.py"]
     with subprocess.Popen(
         line, cwd=environments.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -29,7 +30,7 @@ def nodes() -> Iterator[list[str]]:
             urls = fleet.stdout.readline()
             assert urls, "the servers did not start; why is on stderr"
             if not json.loads(urls):
-                pytest.skip("no redis-server in the environment `backends`")
+                lacking("no redis-server in the environment `backends`")
             yield json.loads(urls)
         finally:
             fleet.stdin.close()

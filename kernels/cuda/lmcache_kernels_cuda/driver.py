@@ -7,6 +7,7 @@ and addresses are plain integers.
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from ctypes import c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
@@ -37,7 +38,7 @@ class _Attributes(ctypes.Structure):
     _fields_: ClassVar = [("order", c_int), ("source", _Location), ("target", _Location), ("flags", c_uint)]
 
 
-class Driver:
+class Driver(ABC):
     """What both vendors have, in the same words. Calls that queue something need ``enter`` in the same thread before.
 
     Every method raises DeviceError if the driver reports an error.
@@ -58,9 +59,9 @@ class Driver:
         except OSError as error:
             raise DeviceError(f"the {self.vendor} driver cannot be used: {error}") from error
 
+    @abstractmethod
     def enter(self, device: int) -> None:
         """Make a device the calling thread's."""
-        raise NotImplementedError
 
     def new_stream(self) -> int:
         """A stream that waits for no other by itself."""
@@ -109,11 +110,11 @@ class Driver:
         """Undo ``register``."""
         self._call(self._names["unregister"], c_void_p(address))
 
-    def _copy_one(self, target: c_void_p, source: c_void_p, size: c_size_t, stream: c_void_p) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _copy_one(self, target: c_void_p, source: c_void_p, size: c_size_t, stream: c_void_p) -> None: ...
 
-    def _copy_batch(self, targets: Addresses, sources: Addresses, sizes: Addresses, stream: c_void_p) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _copy_batch(self, targets: Addresses, sources: Addresses, sizes: Addresses, stream: c_void_p) -> None: ...
 
     def _has(self, name: str) -> bool:
         return hasattr(self._library, self._prefix + name)
@@ -130,8 +131,8 @@ class Driver:
             raise DeviceError(f"{self._prefix}{name} failed: {self._name_of(code)}")
         return code
 
-    def _name_of(self, code: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _name_of(self, code: int) -> str: ...
 
 
 class CUDADriver(Driver):
