@@ -153,6 +153,7 @@ class _Connection:
         self._client = (reader, writer)
         self._target: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._asked = False  # since the last reply
+        self._ended = False  # for the client: no reply comes any more
         self.struck()
 
     def struck(self) -> None:
@@ -196,6 +197,8 @@ class _Connection:
     async def _pass_requests(self) -> None:
         proxy = self._proxy
         while data := await self._client[0].read(_PIECE):
+            if self._ended:
+                continue
             if self._target:
                 self._asked = True
                 proxy.bytes_up += len(data)
@@ -203,7 +206,7 @@ class _Connection:
                 try:
                     await self._target[1].drain()
                 except OSError:
-                    if self._target:  # else half-open meanwhile: the client is not told
+                    if self._target and not self._ended:  # else the client is not told, or has been told orderly
                         raise
             elif proxy.mode != "half_open":
                 self.reset()  # what a host says that has been restarted
@@ -229,7 +232,11 @@ class _Connection:
                 if self._left == 0:
                     break
         if self._target:  # else the client is not told that the target is gone
-            client.close()
+            self._ended = True
+            _abort(writer)
+            # Only this direction: to close a socket that has unread bytes resets it, and what it has sent is lost.
+            with contextlib.suppress(OSError):  # it has gone meanwhile
+                client.write_eof()
 
     def _spoilt(self, data: bytes) -> bytes:
         changed = bytearray(data)
