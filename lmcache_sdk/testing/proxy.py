@@ -206,7 +206,7 @@ class _Connection:
                 try:
                     await self._target[1].drain()
                 except OSError:
-                    if self._target and not self._ended:  # else the client is not told, or has been told orderly
+                    if not self._cut():  # meanwhile; the client is not told, or has been told in an orderly way
                         raise
             elif proxy.mode != "half_open":
                 self.reset()  # what a host says that has been restarted
@@ -237,6 +237,9 @@ class _Connection:
             # Only this direction: to close a socket that has unread bytes resets it, and what it has sent is lost.
             with contextlib.suppress(OSError):  # it has gone meanwhile
                 client.write_eof()
+
+    def _cut(self) -> bool:
+        return self._ended or self._target is None
 
     def _spoilt(self, data: bytes) -> bytes:
         changed = bytearray(data)
