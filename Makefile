@@ -20,7 +20,7 @@ demo:  ## a real model answers from a stored cache, in a new process; writes dem
 test:  ## lint and all suites, with a budget line for each (ENGINE=hf: one engine)
 	$(TOOLS) python tools/suites.py $(SUITES)
 
-test-fast:  ## what needs no engine, no server and no daemon of its own; two minutes and a little
+test-fast:  ## what needs no engine, no server and no daemon; under two minutes
 	$(TOOLS) python tools/suites.py bare core
 
 test-full:  ## all suites with their slow tests, and the oldest dependencies

@@ -22,7 +22,6 @@ def late_kernels() -> Iterator[LateKernels]:
 
 class TestLateKernels(KernelTests):
     device = DEVICE
-    most_cases = 100
 
     @pytest.fixture
     def kernels(self, late_kernels: LateKernels) -> Kernels:
