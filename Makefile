@@ -32,7 +32,7 @@ soak:  ## daemon and engines killed at random for minutes, all bytes compared (A
 lint:  ## format, style, types, floors
 	$(NOX) -s lint
 
-bench:  ## ratios to references measured in the same run; writes bench.json (ENGINE=hf, PART=backends: their rows)
+bench:  ## ratios to references measured in the same run; writes bench.json (ENGINE=hf, PART=backends or kernels: their rows)
 	$(NOX) -s bench -- $(if $(ENGINE),--engine $(ENGINE)) $(if $(PART),--part $(PART))
 
 nox:  ## any session with any arguments: make nox ARGS="-s core -- -k chain"

@@ -61,7 +61,8 @@ def model(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, style, types, floors."""
-    tree = os.pathsep.join(str(environments.ROOT / room) for room in ("", "adapters", "backends"))
+    rooms = ("", "adapters", "backends", "kernels/cuda", "kernels/ascend")
+    tree = os.pathsep.join(str(environments.ROOT / room) for room in rooms)
     run(session, "lint", "ruff", "format", "--check", "--quiet")
     run(session, "lint", "ruff", "check", "--quiet")
     run(session, "lint", "mypy")
@@ -153,7 +154,7 @@ def bench(session: nox.Session) -> None:
     """Ratios to references that are measured in the same run."""
     # The benchmarks are not in the wheel: they are found in the current directory.
     variables = {key: value for key, value in TEST_VARIABLES.items() if key != "PYTHONSAFEPATH"}
-    environment = next((name for name in ("backends", "vllm", "sglang") if name in session.posargs), "hf")
+    environment = next((name for name in ("backends", "kernels", "vllm", "sglang") if name in session.posargs), "hf")
     if environment in ("vllm", "sglang"):
         variables["LMCACHE_SDK_TEST_MODEL"] = model_directory(session)
     run(session, environment, "python", "-m", "benchmarks.run", "--out", "bench.json", *session.posargs, **variables)

@@ -1,4 +1,5 @@
-"""Speed of copies between a device and pinned host memory, as a share of one transfer of the same bytes.
+"""Speed of copies between a device and pinned host memory, as a share of one transfer of the same bytes (cudaMemcpy, or
+what the vendor calls it), and how much of its speed a forward pass keeps meanwhile.
 
 Of every device whose kernels are installed and can be used; elsewhere it is said why not, and there are no rows.
 """
@@ -6,14 +7,18 @@ Of every device whose kernels are installed and can be used; elsewhere it is sai
 from __future__ import annotations
 
 import itertools
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Row, at_least, paired
+from benchmarks.harness import Row, at_least, paired, timed
 from benchmarks.memory import DIM, HEADS, LAYERS, NBYTES, ROW_BYTES, TOKENS
 from lmcache_sdk.errors import LMCacheSDKError
 from lmcache_sdk.kernels import CopyStream, DeviceKernels, Room, describe_kernels, host_buffer, kernels_for
@@ -63,7 +68,74 @@ def _ended(queues: list[CopyStream], *queueing: Callable[[], None]) -> None:
         event.wait()
 
 
+def forward_pass(device: str, tokens: int = 2048, width: int = 4096, layers: int = 64) -> Callable[[], None]:
+    """A prefill, as far as it keeps a device busy: large products, passes over memory between them. Done on return."""
+    import torch
+
+    module = torch.get_device_module(device)
+    hidden, up, down = (
+        torch.randn(shape, device=device).to(torch.bfloat16) / shape[0] ** 0.5
+        for shape in ((tokens, width), (width, 4 * width), (4 * width, width))
+    )
+
+    def run() -> None:
+        state = hidden
+        for _ in range(layers):
+            more = torch.nn.functional.silu(state @ up) @ down
+            state = torch.nn.functional.rms_norm(state + more, (width,))
+        done = module.Event()  # of this stream only: the copies have their own
+        done.record()
+        done.synchronize()
+
+    run()
+    return run
+
+
+@contextmanager
+def _meanwhile(copies: Sequence[Callable[[], None]]) -> Iterator[list[int]]:
+    """Each again and again, in a thread of its own; the answer grows by a number for each that has ended."""
+    stop, ended = threading.Event(), list[int]()
+
+    def again(number: int) -> None:
+        while not stop.is_set():
+            copies[number]()
+            ended.append(number)
+
+    with ThreadPoolExecutor(len(copies)) as threads:
+        running = [threads.submit(again, number) for number in range(len(copies))]
+        try:
+            while len(set(ended)) < len(copies) and not any(future.done() for future in running):
+                stop.wait(0.001)
+            yield ended
+        finally:
+            stop.set()
+        for future in running:
+            future.result()
+
+
+def slowdown(name: str, forward: Callable[[], None], copies: Sequence[Callable[[], None]], repeats: int) -> Row:
+    """How much of its speed a forward pass keeps beside copies of ``NBYTES`` each. Reported: it is the machine's."""
+    alone, beside, gbps = [], [], []
+    for _ in range(repeats):
+        alone.append(timed(forward))
+        with _meanwhile(copies) as ended:
+            before = len(ended)
+            beside.append(timed(forward))
+            gbps.append((len(ended) - before) * NBYTES / beside[-1] / 1e9)
+    ratio = statistics.median(one / other for one, other in zip(alone, beside, strict=True))
+    return Row(name, ratio, 0.0, True, {"seconds": beside, "reference_seconds": alone, "copied_gbps": gbps})
+
+
+def _forward(device: str) -> Callable[[], None] | None:
+    try:
+        return forward_pass(device)
+    except (ImportError, RuntimeError) as error:
+        print(f"no forward pass on {device}: {error}", file=sys.stderr)
+        return None
+
+
 def _rows_of(kernels: DeviceKernels, device: str, repeats: int) -> Iterator[Row]:
+    forward = _forward(device)
     rooms = [kernels.allocate(device, NBYTES) for _ in range(2)]
     pinned = [host_buffer(NBYTES) for _ in range(2)]
     assert all(kernels.pin(buffer) for buffer in pinned)
@@ -91,6 +163,12 @@ def _rows_of(kernels: DeviceKernels, device: str, repeats: int) -> Iterator[Row]
             repeats,
         )
         yield at_least(f"{device} both ways at once, {run} / two transfers", result, BOTH_WAYS if bar else 0.0)
+        if forward:
+            copies = (
+                partial(_ended, [down], partial(out, down.gather)),
+                partial(_ended, [up], partial(back, up.scatter)),
+            )
+            yield slowdown(f"{device} forward pass alone / beside loads and stores, {run}", forward, copies, repeats)
     for buffer in pinned:
         kernels.unpin(buffer)
 

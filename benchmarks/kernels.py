@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.harness import Row, at_least, paired, table
-from benchmarks.memory import DIM, HEADS, LAYERS, NBYTES, TOKENS, PagedMemory, arrays, buffer
+from benchmarks.memory import DIM, HEADS, LAYERS, NBYTES, ROW_BYTES, TOKENS, PagedMemory, arrays, buffer
 from lmcache_sdk.kernels import Kernels, kernels_for
 from lmcache_sdk.layout import KVLayout, Plane
 
 PAGE_TOKENS = 16
 PAGES = TOKENS // PAGE_TOKENS
+# Tokens of a page -> what is asked for: runs of 256, 32, 8 and 2 KiB.
+BARS = {128: 0.8, 16: 0.6, 4: 0.5, 1: 0.3}
+MERGED = 0.8
 
 Array = npt.NDArray[Any]
 
@@ -29,9 +33,9 @@ def _layout(arrays: list[list[Array]], axes: tuple[tuple[str, ...], tuple[str, .
     return KVLayout(tuple(planes))
 
 
-def _nhd() -> KVLayout:
+def _nhd(page_tokens: int) -> KVLayout:
     """Each layer and role an array of its own: [pages, page, heads, dim]."""
-    return PagedMemory(PAGE_TOKENS).layout
+    return PagedMemory(page_tokens).layout
 
 
 def _hnd() -> KVLayout:
@@ -61,40 +65,42 @@ def _copy(kernels: Kernels, verb: str, layout: KVLayout, slots: Array, target: A
     return run
 
 
-def rows(repeats: int = 20) -> Iterator[Row]:
-    """Gather and scatter of 4,096 tokens, 32 layers, 8 heads of 128, bf16, pages of 16 tokens: 512 MiB each run.
+def _permuted(page_tokens: int) -> Array:
+    """All slots, pages in random order."""
+    pages = np.random.default_rng(0).permutation(TOKENS // page_tokens)
+    return np.add.outer(pages * page_tokens, np.arange(page_tokens)).reshape(-1)
+
+
+def rows(repeats: int = 12) -> Iterator[Row]:
+    """Gather and scatter of 4,096 tokens, 32 layers, 8 heads of 128, bf16: 512 MiB each run.
 
     The reference is one ``np.copyto`` of the same 512 MiB: in one call it bypasses the caches, which no copy in pieces
     does, and is the faster for it. One thread. All memory is in huge pages.
     """
     kernels = kernels_for("cpu")
-    pages = np.random.default_rng(0).permutation(PAGES)
-    permuted = np.add.outer(pages * PAGE_TOKENS, np.arange(PAGE_TOKENS)).reshape(-1)
-    adjacent = np.arange(TOKENS)
     source, target = buffer(NBYTES, seed=1), buffer(NBYTES)
-    layouts: list[tuple[str, Callable[[], KVLayout], list[tuple[str, Array, float]]]] = [
-        ("NHD", _nhd, [("permuted pages", permuted, 0.6), ("merged runs", adjacent, 0.8)]),
-        ("HND", _hnd, [("permuted pages", permuted, 0.0)]),
-        ("vLLM CPU blocks", _vllm_cpu, [("permuted pages", permuted, 0.0)]),
+    memories: list[tuple[str, Callable[[], KVLayout], Array, int, float]] = [
+        *(
+            (f"NHD, runs of {page * ROW_BYTES >> 10} KiB", partial(_nhd, page), _permuted(page), page, bar)
+            for page, bar in BARS.items()
+        ),
+        ("NHD, merged runs", partial(_nhd, PAGE_TOKENS), np.arange(TOKENS), 1, MERGED),
+        ("HND, permuted pages", _hnd, _permuted(PAGE_TOKENS), 1, 0.0),
+        ("vLLM CPU blocks, permuted pages", _vllm_cpu, _permuted(PAGE_TOKENS), 1, 0.0),
     ]
-    for form, make, patterns in layouts:
+    for memory, make, slots, least_tokens, bar in memories:
         layout = make()
-        for pattern, slots, bar in patterns:
-            for chunk_tokens, verb in itertools.product((64, 256), ("gather", "scatter")):
-                result = paired(
-                    _copy(
-                        kernels,
-                        verb,
-                        layout,
-                        slots.reshape(-1, chunk_tokens),
-                        target.reshape(-1, chunk_tokens * NBYTES // TOKENS),
-                    ),
-                    lambda: np.copyto(target, source),
-                    NBYTES,
-                    repeats if bar else 5,
-                )
-                name = f"cpu {verb}, {form}, {pattern}, chunks of {chunk_tokens} / plain copy"
-                yield at_least(name, result, bar)
+        for chunk_tokens, verb in itertools.product((64, 256), ("gather", "scatter")):
+            if chunk_tokens < least_tokens:  # which would cut the runs
+                continue
+            chunks = target.reshape(-1, chunk_tokens * NBYTES // TOKENS)
+            result = paired(
+                _copy(kernels, verb, layout, slots.reshape(-1, chunk_tokens), chunks),
+                lambda: np.copyto(target, source),
+                NBYTES,
+                repeats if bar else 5,
+            )
+            yield at_least(f"cpu {verb}, {memory}, chunks of {chunk_tokens} / plain copy", result, bar)
         del layout  # 512 MiB; one at a time
 
 

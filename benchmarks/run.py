@@ -1,4 +1,4 @@
-"""``make bench``: all rows that need no engine and no server, or those of one engine, or of the storage backends."""
+"""``make bench``: all rows that need no engine, server or device, or those of an engine, of backends, of a device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import msgspec
 
 from benchmarks.harness import Row, table
 
-CORE = ("core", "kernels", "device", "daemon", "tiers")
+CORE = ("core", "kernels", "daemon", "tiers")
 ENGINES = {"hf": ("hf",), "vllm": ("vllm",), "sglang": ("sglang", "sglang_linker")}
-PARTS = {"backends": ("file", "redis", "s3", "mooncake")}
+PARTS = {"backends": ("file", "redis", "s3", "mooncake"), "kernels": ("device",)}
 
 
 def main() -> int:

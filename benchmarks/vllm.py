@@ -1,14 +1,18 @@
 """vLLM's CPU build with a real model: what a hit saves, and what being there costs.
 
 The model is the directory in ``LMCACHE_SDK_TEST_MODEL``; without it the small one that ``tools/model.py`` makes.
-Engines are compared in turns of requests, one of them working at a time; each row has the bound that its median is
-below with 95 % confidence. What being there costs is measured against two vLLMs without a connector, which are compared
-with each other too: that control is what the machine and the order of things do.
+What is compared works in turns, one at a time, in an order that is drawn anew for every turn. A row has the
+Hodges-Lehmann estimate of the ratio and the bound that it is below with 95 % confidence (Wilcoxon's signed ranks); a
+row with a bar holds where that bound does not exceed it.
+
+What being there costs is measured within one process (:mod:`benchmarks.vllm_engine`): against the same engine without
+its connector, which is compared with itself, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import statistics
@@ -32,7 +36,8 @@ PROMPT_TOKENS = 2048
 MISS_TOKENS = 512
 NEW_TOKENS = 16
 PAIRS = 24
-ROUNDS = 3  # starts of the engines: two processes of one program differ by some per cent, for as long as they run
+ROUNDS = 3  # starts of the engines whose misses are measured
+MISSES = 20  # turns after each start, with the daemon and without
 BLOCK = 64
 POOL = "2GiB"
 
@@ -58,7 +63,7 @@ def served() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             SharedPool.remove(pool_directory(socket))
 
 
-def engine(model: str, url: str | None, *transfer: str) -> EngineHarness:
+def engine(model: str, url: str | None, *transfer: str, module: str = "lmcache_adapters.vllm.engine") -> EngineHarness:
     options = {
         "block_size": BLOCK,
         "max_model_len": 4096,
@@ -66,7 +71,7 @@ def engine(model: str, url: str | None, *transfer: str) -> EngineHarness:
         "kv_cache_memory_bytes": 1 << 29,
         "dtype": "bfloat16",
     }
-    line = [sys.executable, "-m", "lmcache_adapters.vllm.engine", "--model", model]
+    line = [sys.executable, "-m", module, "--model", model]
     line += [part for name, value in options.items() for part in ("--option", f"{name}={value}")]
     line += [part for pair in transfer for part in ("--transfer", pair)]
     line += ["--cache", url] if url else []
@@ -84,23 +89,17 @@ def ask(harness: EngineHarness, ids: list[int], new_tokens: int = 1) -> tuple[fl
     return answer["ttft_s"], time.perf_counter() - begin, answer["cached_tokens"]
 
 
-def cpu_s(harness: EngineHarness) -> float:
-    """CPU time of an engine in one process, since its start."""
-    fields = Path(f"/proc/{harness.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 Run = Callable[[], tuple[float, ...]]
 Samples = list[tuple[float, float]]
 
 
 def turns(runs: Sequence[Run], count: int = PAIRS) -> list[list[tuple[float, ...]]]:
-    """For each run, its figures in every turn. Which of the runs goes first alternates."""
+    """For each run, its figures in every turn."""
     for run in runs:
         run()
     found: list[list[tuple[float, ...]]] = [[] for _ in runs]
-    for turn in range(count):
-        for at in range(len(runs)) if turn % 2 else reversed(range(len(runs))):
+    for _ in range(count):
+        for at in _random.permutation(len(runs)):
             found[at].append(runs[at]())
     return found
 
@@ -116,10 +115,12 @@ def against(measured: list[tuple[float, ...]], reference: list[tuple[float, ...]
 
 
 def cost(name: str, samples: Samples, bar: float) -> Row:
-    """Median of measured / reference; holds where it does not exceed the bar."""
-    ratios = sorted(a / b for a, b in samples)
-    median = statistics.median(ratios)
-    bound = ratios[min(len(ratios) - 1, _bound_index(len(ratios)))]
+    """Measured / reference."""
+    logs = np.log([a / b for a, b in samples])
+    count = len(logs)
+    middles = np.sort((logs[:, None] + logs)[np.triu_indices(count)] / 2)
+    rank = count * (count + 1) / 4 + 1.645 * math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
+    ratio, bound = math.exp(np.median(middles)), math.exp(middles[min(len(middles) - 1, math.ceil(rank))])
     facts: dict[str, Any] = {
         "bound_95": bound,
         "measured_s": [a for a, _ in samples],
@@ -128,64 +129,66 @@ def cost(name: str, samples: Samples, bar: float) -> Row:
         "median_reference_s": statistics.median(b for _, b in samples),
     }
     print(
-        f"{name}: {median:.3f}, below {bound:.3f} with 95 % confidence ({facts['median_measured_s']:.4f} s against "
-        f"{facts['median_reference_s']:.4f} s)",
+        f"{name}: {ratio:.3f}, below {bound:.3f} with 95 % confidence ({facts['median_measured_s']:.4f} s against "
+        f"{facts['median_reference_s']:.4f} s, {count} pairs)",
         file=sys.stderr,
     )
-    return Row(name, median, bar, not bar or median <= bar, facts)
-
-
-def _bound_index(count: int) -> int:
-    """Of the order statistic that the median is below with 95 % confidence (binomial, one-sided)."""
-    chance, at = 0.0, 0
-    term = 0.5**count
-    while chance + term < 0.95:
-        chance += term
-        at += 1
-        term = term * (count - at + 1) / at
-    return at
+    return Row(name, ratio, bar, not bar or bound <= bar, facts)
 
 
 def misses(model: str) -> Iterator[Row]:
-    """Prompts that nobody has seen: looked up, computed and stored, against two vLLMs without a connector."""
+    """Prompts that nobody has seen: looked up, computed and stored, against the same engine without a connector."""
     states = ("no hit, stored", "daemon dead")
-    found: dict[str, list[list[tuple[float, ...]]]] = {state: [[], [], []] for state in states}
+    connectors = ("ours", "none", "none", "idle")
+    found: dict[str, list[list[tuple[float, ...]]]] = {state: [[] for _ in connectors] for state in states}
+    processes: list[Samples] = [[], [], []]
+    module = "benchmarks.vllm_engine"
     for _ in range(ROUNDS):
-        with (
-            served() as (url, daemon),
-            engine(model, url) as cached,
-            engine(model, None) as plain,
-            engine(model, None) as other,
-        ):
-            runs = [_miss(harness) for harness in (plain, cached, other)]
+        with served() as (url, daemon), engine(model, url, module=module) as harness:
             for state in states:
                 if state == "daemon dead":
                     daemon.send_signal(signal.SIGKILL)
                     daemon.wait()
-                for samples, more in zip(found[state], turns(runs, PAIRS // ROUNDS), strict=True):
+                runs = [_miss(harness, connector, alive=daemon.poll() is None) for connector in connectors]
+                for samples, more in zip(found[state], turns(runs, MISSES), strict=True):
                     samples += more
-    for state, (plains, ours, others) in found.items():
+            with engine(model, None, module=module) as plain:
+                more_pairs = pairs(_miss(harness, "none"), _miss(plain, "none"), PAIRS // ROUNDS)
+                for pairs_so_far, more in zip(processes, more_pairs, strict=True):
+                    pairs_so_far += more
+    figures = (
+        (f"{MISS_TOKENS} tokens, {{}}: TTFT", 1.02),
+        (f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {{}}: time until stored", 1.02),
+        (f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {{}}: CPU time", 0.0),
+    )
+    for state, (ours, plain, again, idle) in found.items():
         both = [
-            tuple(statistics.mean(pair) for pair in zip(*turn, strict=True))
-            for turn in zip(plains, others, strict=True)
+            tuple(statistics.mean(two) for two in zip(*turn, strict=True)) for turn in zip(plain, again, strict=True)
         ]
-        figures = (
-            f"{MISS_TOKENS} tokens, {state}: TTFT",
-            f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {state}: time",
-            f"{MISS_TOKENS} + {NEW_TOKENS} tokens, {state}: CPU time",
-        )
-        for figure, samples, controls in zip(figures, against(ours, both), against(plains, others), strict=True):
-            yield cost(f"vllm, {figure} / plain vLLM", samples, 1.02)
-            yield cost(f"vllm, {figure}, control: plain vLLM / plain vLLM", controls, 0.0)
+        measured, nothing, control = against(ours, both), against(idle, both), against(plain, again)
+        for at, (figure, bar) in enumerate(figures):
+            name = f"vllm, {figure.format(state)}"
+            yield cost(f"{name}: with the connector / without", measured[at], bar)
+            yield cost(f"{name}: with one that does nothing / without", nothing[at], 0.0)
+            yield cost(f"{name}: without / without (control)", control[at], 0.0)
+    for (figure, _), samples in zip(figures, processes, strict=True):
+        name = f"vllm, {figure.format('no connector')}"
+        yield cost(f"{name}: taken out / never there (other processes)", samples, 0.0)
 
 
-def _miss(harness: EngineHarness) -> Run:
+def _miss(harness: EngineHarness, connector: str, *, alive: bool = False) -> Run:
+    """Time to the first token, to the end of the last copy, and CPU time of the engine."""
+
     def run() -> tuple[float, ...]:
-        before = cpu_s(harness)
-        first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
-        assert hit == 0
-        harness.flush(60)
-        return first, last, cpu_s(harness) - before
+        harness.call("connect", 30, connector=connector)
+        ids = unique(MISS_TOKENS)
+        before, begin = harness.call("cpu", 30)["cpu_s"], time.perf_counter()
+        answer = harness.generate(ids, NEW_TOKENS, timeout_s=300)
+        if connector == "ours":
+            assert harness.flush(60) or not alive
+        taken, after = time.perf_counter() - begin, harness.call("cpu", 30)["cpu_s"]
+        assert answer["cached_tokens"] == 0
+        return answer["ttft_s"], taken, after - before
 
     return run
 

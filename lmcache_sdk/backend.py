@@ -7,6 +7,7 @@ block, and may be called from several threads at once. Writing one: ``docs/writi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +19,8 @@ from lmcache_sdk.errors import ConfigError
 
 ENTRY_POINTS = "lmcache_sdk.backends"
 KEY_LIMIT = 400
+
+_HOST = re.compile(r"[\w.-]+|[0-9a-f.:]+(%[\w.-]+)?")
 
 Buffer = memoryview  # writable, contiguous, of unsigned bytes
 
@@ -176,13 +179,18 @@ class Url:
         hostname, port, username, password: its parts; None where they are not given.
 
     Raises:
-        ConfigError: it has no scheme, a port that is none, or a fragment, or a parameter appears twice.
+        ConfigError: it is no URL or has no scheme, a port that is none, or a fragment, or a parameter appears twice.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.shown = hide_secrets(text)
-        split = urlsplit(text)
+        try:
+            split = urlsplit(text)
+        except ValueError:  # whose text may have a password in it
+            raise ConfigError(
+                f"{self.shown!r} is not a URL: its host has a bracket or a character that none has"
+            ) from None
         if not split.scheme or "://" not in text:
             raise ConfigError(f"{self.shown!r} is not a URL; expected something like lmdb:///var/lib/kv?size=50GiB")
         if split.fragment:
@@ -207,6 +215,24 @@ class Url:
         if empty := next((name for name, value in pairs if not value), ""):
             raise ConfigError(f"parameter {empty!r} of {self.shown!r} has no value; leave it out, or give it one")
         self._known: list[str] = []
+
+    def server(self, port: int) -> tuple[str, int]:
+        """Host and port of the one server that it names; ``port`` is the default. Raises ConfigError: it names none, or
+        what cannot be one.
+        """
+        host = self.hostname or ""
+        if not host:
+            raise ConfigError(f"{self.shown!r} names no host; write it like {self.scheme}://cache.example:{port}/")
+        try:
+            host.encode("idna")  # the length of its parts
+            odd = not _HOST.fullmatch(host)
+        except UnicodeError:
+            odd = True
+        if odd:
+            raise ConfigError(f"{host!r} in {self.shown!r} is neither the name nor the address of one host")
+        if self.port == 0:
+            raise ConfigError(f"port 0 in {self.shown!r} is none to connect to; leave it out for {port}")
+        return host, self.port or port
 
     def take(self, name: str, default: str = "") -> str:
         """The value of a parameter, which is thereby known."""
@@ -251,7 +277,8 @@ def open_backend(url: str) -> Backend:
     )
     if not found:
         raise ConfigError(
-            f"unknown scheme {parsed.scheme!r} in {parsed.shown!r}; installed are: {', '.join(schemes())}"
+            f"unknown scheme {parsed.scheme!r} in {parsed.shown!r}; installed are: {', '.join(schemes())}; "
+            "an engine's cache may also be a daemon, unix:///path/of/socket"
         )
     backend_class: type[Backend] = load_backend(found[0])
     return backend_class.from_url(parsed)

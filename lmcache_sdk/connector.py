@@ -419,18 +419,22 @@ class GPUConnector:
             self._cache.release(ticket, self._rank)
 
     def _plans_to_load(self, slots: Slots) -> tuple[list[Slots | slice], list[Plan | None]]:
-        """For each chunk which of its tokens have a place, and where; None if none has."""
+        """For each chunk which of its tokens have a place, and where; None if none has. Raises LayoutError."""
         width = self._spec.chunk_tokens
-        whole = self._plans(slots)
-        if whole is not None:
-            return [slice(None)] * len(whole), list(whole)
+        placed = slots >= 0
+        if placed.any():
+            whole = self._kernels.plan(self._layout, slots[placed])
+            if not whole.distinct:  # also of two chunks, which are copied one after the other
+                raise LayoutError("two tokens of a load have one slot")
+            if placed.all():
+                plans = whole.cut(width)
+                return [slice(None)] * len(plans), list(plans)
         wanted = [slots[at : at + width] for at in range(0, len(slots), width)]
         tokens = [np.flatnonzero(chosen >= 0) for chosen in wanted]
-        plans = [
+        return list(tokens), [
             self._kernels.plan(self._layout, chosen[at]) if at.size else None
             for chosen, at in zip(wanted, tokens, strict=True)
         ]
-        return list(tokens), plans
 
     def _plans(self, slots: Slots) -> list[Plan] | None:
         """Those of all chunks, checked together; None if some slots are none, which is then found chunk by chunk."""

@@ -26,7 +26,7 @@ class WriteOp(Protocol):
     """The engine's own operation that writes rows into its KV memory."""
 
     def __call__(self, layer: int, slots: Slots, k: Bytes, v: Bytes | None) -> None:
-        """Write one row per slot.
+        """Write one row per slot; on a device, too, they are there on return.
 
         Args:
             layer: global layer number.

@@ -22,7 +22,8 @@ from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.jobs import Tier
 from lmcache_sdk.wrappers import wrapping
 
-WRAPPERS = ("prefix", "encrypt_key_file", "encrypt_key_env")
+ENCRYPTING = ("encrypt_key_file", "encrypt_key_env")
+WRAPPERS = ("prefix", *ENCRYPTING)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def parse_tier(text: str) -> TierOptions:
             into[option.attribute] = option.parse(unquote(value))
         except ValueError as error:  # ConfigError is one
             raise ConfigError(f"tier {url.shown}: {name}: {error}") from None
+    if chosen.get("pack_bytes") and not wrappers.keys().isdisjoint(ENCRYPTING):
+        raise ConfigError(
+            f"tier {url.shown}: an encrypted record can only be read as a whole, so several chunks cannot be packed "
+            f"into one; leave out pack, or the encryption"
+        )
     chosen.setdefault("name", url.scheme)
     return TierOptions(address, rules=TierRules(**rules), wrappers=wrappers, **chosen)
 
@@ -96,9 +102,15 @@ def open_tier(text: str) -> Tier:
             f"tier {Url(options.url).shown}: size and ttl need a store that can list its records and tell when each "
             f"was written, which {Url(options.url).scheme}:// cannot; use its own bounds (parameters before #)"
         )
-    pack_bytes = options.pack_bytes
+    pack_bytes, packs = options.pack_bytes, isinstance(backend, RangeGet) and codec.identity
     if pack_bytes is None:
-        pack_bytes = getattr(backend, "pack_bytes", 0) if isinstance(backend, RangeGet) and codec.identity else 0
+        pack_bytes = getattr(backend, "pack_bytes", 0) if packs else 0
+    elif pack_bytes and not packs:
+        backend.close(1.0)
+        raise ConfigError(
+            f"tier {Url(options.url).shown} cannot pack: that needs a store that reads parts of records, and records "
+            f"that are not encoded; leave pack= out"
+        )
     return Tier(options.name, backend, codec, options.rules, options.size, options.ttl_s, pack_bytes)
 
 

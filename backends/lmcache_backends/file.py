@@ -1,14 +1,12 @@
 """``file://``: a record is a file, in a directory that many processes and machines may share."""
 
-from __future__ import annotations
-
 import errno
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Self
 from zlib import crc32
@@ -17,10 +15,6 @@ from lmcache_sdk.backend import Backend, Buffer, Item, Miss, Stat, Url, UsageRep
 from lmcache_sdk.calls import Calls
 from lmcache_sdk.config import parse_size
 from lmcache_sdk.errors import BackendFull, BackendUnavailable, ConfigError
-
-# An unfinished file to which nobody has written for so long has lost its writer; the clocks of two machines may differ.
-_CRASHED_S = 3600.0
-_NEW = re.compile(r"[0-9a-f]{32}\.new")
 
 
 class FileBackend(Backend):
@@ -48,34 +42,30 @@ class FileBackend(Backend):
         return cls(Path(url.path), parse_size(size))
 
     def path_of(self, key: str) -> Path:
-        """A key is a name, and may be too long for a file's: then the front of it is a folder's."""
-        name = key.replace("/", ",") + "="
-        return self._root.joinpath(f"{crc32(name.encode()) & 255:02x}", *filter(None, (name[:200], name[200:])))
+        """Where its record is, if there is one."""
+        return self._root / _name(key)
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int | Miss]:
         pairs = zip(reversed(keys), reversed(buffers), strict=True)  # the front of a prefix is used last, and stays
         with self._call():
-            return [self._read(self.path_of(key), buffer) for key, buffer in pairs][::-1]
+            return [self._read(f"{self._root}/{_name(key)}", buffer) for key, buffer in pairs][::-1]
 
-    def _read(self, path: Path, buffer: Buffer) -> int | Miss:
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except (FileNotFoundError, PermissionError):  # the latter: another user's
-            return Miss.ABSENT
-        try:
-            nbytes = (stat := os.fstat(file)).st_size
-            if nbytes > len(buffer):
+    def _read(self, path: str, buffer: Buffer) -> int | Miss:
+        with suppress(FileNotFoundError, PermissionError), FileIO(path) as file:  # the latter: another user's
+            stat = os.fstat(file.fileno())
+            if stat.st_size > len(buffer):
                 return Miss.TOO_LARGE
             with suppress(OSError):  # another user's, too
-                os.utime(file, ns=(time.time_ns(), stat.st_mtime_ns))
-            return nbytes if os.readv(file, [buffer[:nbytes]]) == nbytes else Miss.ABSENT
-        finally:
-            os.close(file)
+                os.utime(file.fileno(), ns=(time.time_ns(), stat.st_mtime_ns))
+            if file.readinto(buffer[: stat.st_size]) == stat.st_size:
+                return stat.st_size
+        return Miss.ABSENT
 
     def touch(self, keys: Sequence[str]) -> None:
-        for path in map(self.path_of, keys):
-            with suppress(OSError):  # it is gone, or another user's
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        with self._call():
+            for path in map(self.path_of, keys):
+                with suppress(OSError):  # it is gone, or another user's
+                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def put(self, items: Sequence[Item], *, if_absent: bool = True) -> list[bool]:
         with self._call():
@@ -86,7 +76,7 @@ class FileBackend(Backend):
             return False
         self._make_room(len(data))
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{os.urandom(16).hex()}.new")
+        new = path.with_name(f"={os.urandom(16).hex()}.new")
         try:
             new.write_bytes(data)
             path.hardlink_to(new) if if_absent else new.replace(path)  # all at once; a link replaces nothing
@@ -108,7 +98,8 @@ class FileBackend(Backend):
             files = sorted(self._files(), key=lambda file: file[2].st_atime_ns)
             used = sum(stat.st_size for *_, stat in files)
             for path, key, stat in files:
-                if used > goal if key else time.time() - stat.st_mtime > _CRASHED_S:
+                # Not finished, and not written to for an hour: its writer crashed. Two machines' clocks may differ.
+                if used > goal if key else time.time() - stat.st_mtime > 3600:
                     path.unlink(missing_ok=True)
                     used -= stat.st_size
                     self._evictions += bool(key)
@@ -116,12 +107,11 @@ class FileBackend(Backend):
 
     def _files(self) -> Iterator[tuple[Path, str, os.stat_result]]:
         """What is ours. What is not finished has no key."""
-        for folder, _, names in os.walk(self._root):
-            for path in (Path(folder, name) for name in names):
-                key = "".join(path.relative_to(self._root).parts[1:]).replace(",", "/").removesuffix("=")
-                with suppress(FileNotFoundError):
-                    if (new := _NEW.fullmatch(path.name)) or path == self.path_of(key):
-                        yield path, "" if new else key, path.stat()
+        for path in self._root.glob("*/*"):
+            key = (path.parent.name[2:] + path.name).replace(",", "/").removesuffix("=")
+            with suppress(FileNotFoundError):
+                if (new := path.match("=*.new")) or path == self.path_of(key):
+                    yield path, "" if new else key, path.stat()
 
     def scan(self, prefix: str = "") -> Iterator[Stat]:
         with self._call():
@@ -154,4 +144,10 @@ class FileBackend(Backend):
                 yield
             except OSError as error:
                 kind = BackendFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackendUnavailable
-                raise kind(f"{self._root}: {error.strerror}; it must be there, and writable") from error
+                raise kind(f"{self._root.parent}: {error.strerror}; it must be writable, its parent there") from error
+
+
+def _name(key: str) -> str:
+    """Of its file. A key is a name, and may be too long for a file's: then the front of it is in the folder's."""
+    name = key.replace("/", ",") + "="
+    return f"{crc32(name.encode()) & 255:02x}{name[:-200]}/{name[-200:]}"

@@ -106,13 +106,14 @@ class MooncakeBackend:
             timeout_s=url.take_seconds("timeout", DEFAULT_TIMEOUT, least=0.01, most=3600),
         )
         url.finish()
-        if not url.hostname or url.path not in ("", "/") or url.username is not None:
+        host, port = url.server(DEFAULT_PORT)
+        if url.path not in ("", "/") or url.username is not None:
             raise ConfigError(
                 f"{url.shown!r} must name the master and nothing else, like mooncake://host:{DEFAULT_PORT}/"
             )
         if settings.protocol not in ("tcp", "rdma"):
             raise ConfigError(f"protocol={settings.protocol!r} is neither tcp nor rdma")
-        return cls(url.hostname, DEFAULT_PORT if url.port is None else url.port, settings)
+        return cls(host, port, settings)
 
     def _connect(self, settings: Settings) -> Any:
         """Join the store. The client's own ``setup`` would go on trying, with the interpreter stopped: look first."""

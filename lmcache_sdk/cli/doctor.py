@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import shutil
@@ -167,7 +166,9 @@ def _plugins() -> Iterator[Finding]:
         try:
             kernels_for(kind)
         except LMCacheSDKError as error:
-            finding.status, finding.text = "bad" if kind == "cpu" else "warn", f"{source}; cannot be used: {error}"
+            finding.status = "bad" if kind == "cpu" else "warn"
+            if str(error) != source:  # else nothing could be chosen, and that is the reason
+                finding.text = f"{source}; cannot be used: {error}"
             finding.fix = "mend that, or uninstall the package if there is no such device here"
         yield finding
     for kind, group in _PLUGINS.items():
@@ -311,9 +312,15 @@ def _speeds(url: str) -> Iterator[Finding]:
 
     yield from map(finding, memory_speeds())
     for kind in describe_kernels():
-        with contextlib.suppress(LMCacheSDKError):  # what cannot be used has been said
-            if isinstance(kernels := kernels_for(kind), DeviceKernels):
+        try:
+            kernels = kernels_for(kind)
+        except LMCacheSDKError:
+            continue  # that has been said
+        if isinstance(kernels, DeviceKernels):
+            try:
                 yield from map(finding, device_speeds(kernels, f"{kind}:0"))
+            except Exception as error:  # noqa: BLE001  other people's code, and other people's devices
+                yield Finding("speed", f"{kind}:0", f"not measured: {type(error).__name__}: {error}", "warn")
     parsed = address(url)
     place = local_path(parsed)
     if place is None:

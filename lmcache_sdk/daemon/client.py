@@ -87,6 +87,7 @@ class DaemonCache:
     Args:
         path: of the daemon's socket. The daemon need not be there (yet).
         call_timeout_s: deadline of every call but ``wait``, ``drain``, ``clear`` and ``close``.
+        starts_later: that the daemon is not there yet is as it should be.
 
     Raises:
         BackendFormatError: the daemon is of another release.
@@ -94,7 +95,13 @@ class DaemonCache:
     """
 
     def __init__(
-        self, path: Path, namespace: Namespace, producer: Producer, *, call_timeout_s: float = CALL_TIMEOUT_S
+        self,
+        path: Path,
+        namespace: Namespace,
+        producer: Producer,
+        *,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+        starts_later: bool = False,
     ) -> None:
         namespace.spec.validate()
         if len(os.fsencode(path)) > 107:
@@ -120,7 +127,8 @@ class DaemonCache:
             self._rope.close()
             raise
         except (OSError, LMCacheSDKError) as error:
-            _log.warning("no daemon at %s (%s): the engine runs without a cache until there is one", path, error)
+            if not starts_later:
+                _log.warning("no daemon at %s (%s): the engine runs without a cache until there is one", path, error)
         self._keeper = threading.Thread(target=self._keep, name="lmcache-reconnect", daemon=True)
         self._keeper.start()
 

@@ -8,13 +8,14 @@ registered. Several may be in use at once, one for each type.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
 from lmcache_sdk.config import load_config
-from lmcache_sdk.errors import ConfigError, LayoutError
+from lmcache_sdk.errors import ConfigError, LayoutError, LMCacheSDKError
 from lmcache_sdk.kernels.interface import Kernels
 
 ENTRY_POINTS = "lmcache_sdk.kernels"
@@ -87,12 +88,18 @@ def choose(kind: str, settings: Mapping[str, str] | None = None) -> Choice:
     raise ConfigError(f"several packages announce kernels for {kind!r}: {names}; name one in the setting kernels")
 
 
+_loading = threading.Lock()
+
+
 @cache
 def _load(entry: EntryPoint) -> Kernels:
     try:
         kernels: Kernels = entry.load()()
-    except (ImportError, AttributeError) as error:
-        raise LayoutError(f"the kernels {entry.value!r} for {entry.name} do not load: {error}") from error
+    except LMCacheSDKError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise LayoutError(f"the kernels {entry.value!r} for {entry.name} do not load: {what}") from error
     return kernels
 
 
@@ -106,7 +113,9 @@ def kernels_for(device: str) -> Kernels:
         LayoutError: no package serves it, and the message names the one to install; or it does not load.
         ConfigError: see :func:`choose`.
     """
-    return _load(choose(device.partition(":")[0]).entry)
+    entry = choose(device.partition(":")[0]).entry
+    with _loading:  # one for all: they count what is pinned
+        return _load(entry)
 
 
 def describe_kernels() -> dict[str, str]:

@@ -102,9 +102,15 @@ class QueuedKernels(ABC):
 
     def pin(self, buffer: Bytes) -> Pinned:
         """See :class:`Kernels`. Counted: what is pinned twice is unpinned by the second ``unpin``."""
+        if not buffer.flags.c_contiguous:
+            return Pinned(False, "the buffer is not contiguous")
         place = _address(buffer), buffer.nbytes
         with self._registering:
-            if place not in self._pins and (error := self._register(*place)):
+            try:
+                error = "" if place in self._pins else self._register(*place)
+            except DeviceError as failed:
+                error = str(failed)
+            if error:
                 return Pinned(False, error)
             with self._pinning:
                 self._pins[place] = self._pins.get(place, 0) + 1

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, Miss, Range, RangeGet, Scan, Usage
+from lmcache_sdk.backend import KEY_LIMIT, Backend, Item, Miss, Range, RangeGet, Scan, Touch, Usage
 from lmcache_sdk.errors import BackendUnavailable
 
 SIZES = (0, 1, 255, 4096, 65_537, 1 << 20)
@@ -370,6 +370,12 @@ class BackendTests:
             lambda: backend.prefix_len(["k"]),
             lambda: backend.delete(["k"]),
         ]
+        if isinstance(backend, Scan):
+            calls.append(lambda: list(backend.scan()))
+        if isinstance(backend, Usage):
+            calls.append(backend.usage)
+        if isinstance(backend, Touch):
+            calls.append(lambda: backend.touch(["k"]))
         for call in calls:
             with pytest.raises(BackendUnavailable):
                 call()

@@ -13,8 +13,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -135,7 +135,7 @@ def test_what_a_crashed_writer_left_is_removed(tmp_path: Path) -> None:
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item("k", b"1")])
     folder = backend.path_of("k").parent
-    left, under_way = folder / f"{'a' * 32}.new", folder / f"{'b' * 32}.new"
+    left, under_way = folder / f"={'a' * 32}.new", folder / f"={'b' * 32}.new"
     theirs = [folder / "contract.new", folder / "YWJj=", tmp_path / "kv" / "records" / "2024" / "draft.new"]
     for file in (left, under_way, *theirs):
         file.parent.mkdir(exist_ok=True)
@@ -149,6 +149,28 @@ def test_what_a_crashed_writer_left_is_removed(tmp_path: Path) -> None:
     assert under_way.exists()
     assert all(file.exists() for file in theirs)
     assert again.usage().records == 2
+
+
+def test_long_keys_share_their_folders(tmp_path: Path) -> None:
+    """A folder is not removed with its last record: another process may be about to write to it."""
+    backend = FileBackend(tmp_path / "kv", SIZE)
+    keys = [f"{'p' * 64}/{number:0180}" for number in range(1000)]
+    backend.put([item(key, b"1") for key in keys])
+    assert len(list((tmp_path / "kv" / "records").iterdir())) <= 256
+    assert sorted(stat.key for stat in backend.scan()) == keys
+    assert backend.delete(keys) == len(keys)
+    assert not [path for path in (tmp_path / "kv").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("nbytes", [199, 200, 201, 202, 400])
+def test_a_long_key_is_no_way_out(tmp_path: Path, nbytes: int) -> None:
+    backend = FileBackend(tmp_path / "kv", SIZE)
+    for front in ("", ".", "..", "../..", "/"):
+        key = front + "k" * (nbytes - len(front))
+        assert backend.put([item(key, b"1")]) == [True]
+        assert backend.path_of(key).resolve().parents[1] == tmp_path / "kv" / "records"
+        assert [stat.key for stat in backend.scan()] == [key]
+        assert backend.delete([key]) == 1
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -206,15 +228,14 @@ def test_a_record_that_may_not_be_read_is_a_miss(tmp_path: Path, monkeypatch: py
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item(key, key.encode()) for key in "abc"])
     forbidden = backend.path_of("b")
-    real = os.open
 
-    def opened(path: Any, *arguments: Any, **named: Any) -> int:
-        if path == forbidden and os.geteuid() == 0:  # whom no mode keeps out
+    def opened(path: str) -> FileIO:
+        if path == str(forbidden) and os.geteuid() == 0:  # whom no mode keeps out
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path, *arguments, **named)
+        return FileIO(path)
 
     forbidden.chmod(0)
-    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr("lmcache_backends.file.FileIO", opened)
     buffers = [memoryview(bytearray(1)) for _ in "abc"]
     assert backend.get(list("abc"), buffers) == [1, Miss.ABSENT, 1]
 
@@ -223,14 +244,14 @@ def test_close_waits_for_the_calls_inside(tmp_path: Path, monkeypatch: pytest.Mo
     """Their buffers are theirs until they return."""
     backend = FileBackend(tmp_path / "kv", SIZE)
     backend.put([item("k", b"data")])
-    inside, go_on, real = threading.Event(), threading.Event(), os.open
+    inside, go_on = threading.Event(), threading.Event()
 
-    def slow(path: Any, *arguments: Any, **named: Any) -> int:
+    def slow(path: str) -> FileIO:
         inside.set()
         assert go_on.wait(30)
-        return real(path, *arguments, **named)
+        return FileIO(path)
 
-    monkeypatch.setattr(os, "open", slow)
+    monkeypatch.setattr("lmcache_backends.file.FileIO", slow)
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(read, backend, "k")
         assert inside.wait(30)

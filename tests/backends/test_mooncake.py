@@ -232,8 +232,10 @@ def test_more_than_the_store_holds(backend: MooncakeBackend) -> None:
 @pytest.mark.parametrize(
     ("url", "named"),
     [
-        ("mooncake://", "must name the master"),
-        ("mooncake:///path", "must name the master"),
+        ("mooncake://", "names no host"),
+        ("mooncake:///path", "names no host"),
+        ("mooncake://host:0", "port 0"),
+        ("mooncake://first,second:50051", "'first,second' in .* is neither"),
         ("mooncake://host/path", "must name the master"),
         ("mooncake://user:secret@host", r"user:\*\*\*@host"),
         ("mooncake://host?protocol=udp", "'udp' is neither tcp nor rdma"),

@@ -9,6 +9,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -417,6 +418,12 @@ def test_two_stores_on_one_server(redis_server: Server) -> None:
         ("redis://", "names no host"),
         ("redis:///0", "names no host"),
         ("redis://host:port", "port"),
+        ("redis://host:0", "port 0 .*leave it out for 6379"),
+        ("redis+cluster://:geheim@host,other:6379", "'host,other' in .* is neither"),
+        ("redis://a..b", "'a..b' in .* is neither"),
+        ("redis://ho st", "'ho st' in .* is neither"),
+        ("redis://[::1:6379", "is not a URL"),
+        ("redis://:geheim@h\u2100st", "is not a URL"),
         ("redis://host/db1", "'db1'"),
         ("redis://host/-1", "'-1'"),
         ("redis://host?tll=7d", "'tll'"),
@@ -482,6 +489,16 @@ def test_what_cannot_be_connected_to(
     refused(f"redis+cluster://127.0.0.1:{free_port()}", "nothing listens")
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         refused(f"redis://127.0.0.1:{deaf.getsockname()[1]}", "did not answer within 0.5 s")
+    with socket.create_server(("127.0.0.1", 0)) as web, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            with web.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        answering = pool.submit(answer)
+        refused(f"redis://127.0.0.1:{web.getsockname()[1]}", "does not talk as Redis does; is the port right")
+        answering.result(30)
     single = opened(f"redis://127.0.0.1:{cluster.port}")
     with pytest.raises(BackendUnavailable, match=r"redis\+cluster://"):
         single.contains([f"k{i}" for i in range(10)])

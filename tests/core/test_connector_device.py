@@ -50,13 +50,13 @@ class Rig:
         self.forward = LateStream(self.device, self.kernels)
 
     def connect(self, pinning: str | None, **arguments: Any) -> GPUConnector:
-        """``direct``: with the pool's memory registered already."""
+        """``direct``: with the pool's memory registered already; ``host``: for an engine without a device."""
         self.device.go()  # for the proof
         self.connector = GPUConnector(
             self.cache,
-            dataclasses.replace(self.engine.layout, device=DEVICE),
+            dataclasses.replace(self.engine.layout, device="cpu" if pinning == "host" else DEVICE),
             write_op=self.engine.write,
-            kernels=self.kernels,
+            kernels=None if pinning == "host" else self.kernels,
             pinning=pinning,
             **{"staging_bytes": 4 * LAYER_BYTES, **arguments},
         )
@@ -326,6 +326,62 @@ def test_a_device_that_fails_is_a_failed_transfer_and_its_memory_is_not_reused(v
     ring = rig.connector._loads if verb == "load" else rig.connector._stores
     assert {rig.memory.ctypes.data, ring.stream._ring.ctypes.data} <= rig.kernels.pinned <= pinned
     rig.device.close()
+
+
+def changed(slots: Slots, at: int, value: int) -> Slots:
+    slots = slots.copy()
+    slots[at] = value
+    return slots
+
+
+@pytest.mark.parametrize("pinning", [*MODES, "host"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        changed(ELSEWHERE, CHUNK + 1, 32 * PAGE),
+        changed(ELSEWHERE, CHUNK + 1, 2**62),
+        changed(ELSEWHERE, CHUNK + 1, ELSEWHERE[CHUNK]),
+        changed(ELSEWHERE, CHUNK + 1, ELSEWHERE[0]),
+        changed(changed(ELSEWHERE, CHUNK + 1, ELSEWHERE[0]), 1, -1),
+        ELSEWHERE.astype(np.float64),
+        ELSEWHERE[:-1],
+    ],
+    ids=["too high", "huge", "twice in a chunk", "twice in all", "twice and one left out", "float", "too few"],
+)
+def test_a_load_with_bad_slots_has_failed_and_nothing_is_written(rig: Rig, pinning: str, slots: Slots) -> None:
+    rig.connect(pinning)
+    rig.stored(TOKENS, SLOTS)
+    before = np.array(rig.engine.kv)
+    rig.device.go()
+    transfer = rig.load(TOKENS, slots)
+    assert transfer.wait(10) and list(transfer.failed_chunks()) == [0, 1, 2]
+    assert not transfer.wait_layer(0, 10)
+    assert np.array_equal(rig.engine.kv, before) and rig.leases == 0
+    assert rig.load(TOKENS, ELSEWHERE, "again").wait(10)
+    assert np.array_equal(rig.engine.rows(ELSEWHERE), rig.expected(TOKENS, ELSEWHERE))
+
+
+@pytest.mark.parametrize("pinning", [*MODES, "host"])
+@pytest.mark.parametrize(
+    ("slots", "failed"),
+    [
+        (changed(SLOTS, CHUNK + 1, 32 * PAGE), [1]),
+        (changed(SLOTS, CHUNK + 1, -1), [1]),
+        (SLOTS.astype(np.float64), [0, 1, 2]),
+    ],
+    ids=["too high", "negative", "float"],
+)
+def test_of_a_store_with_bad_slots_no_such_chunk_is_published(
+    rig: Rig, pinning: str, slots: Slots, failed: list[int]
+) -> None:
+    rig.connect(pinning)
+    rig.engine.compute(TOKENS, SLOTS)
+    free = rig.cache.stats().pool.free_bytes
+    rig.device.go()
+    transfer = rig.store(TOKENS, slots)
+    assert transfer.wait(10) and list(transfer.failed_chunks()) == failed
+    assert rig.found(TOKENS) == failed[0]
+    assert (rig.cache.stats().pool.free_bytes == free) == (len(failed) == 3)
 
 
 def test_copies_are_staged_while_a_segment_is_being_registered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

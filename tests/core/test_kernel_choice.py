@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from lmcache_sdk.cli import app
 from lmcache_sdk.errors import ConfigError, LayoutError
 from lmcache_sdk.kernels import CPUKernels, choose, describe_kernels, kernels_for
 
@@ -61,6 +65,24 @@ def test_an_installed_package_is_found_and_only_it_is_imported(install: Install)
         kernels_for("broken")
 
 
+def test_a_package_that_fails_in_any_way_is_named(install: Install, tmp_path: Path) -> None:
+    install("failing-kernels", fakedev="")
+    (tmp_path / "failing_kernels.py").write_text("class Fake:\n    def __init__(self): 1 / 0\n")
+    with pytest.raises(
+        LayoutError, match=r"'failing_kernels:Fake' for fakedev do not load: ZeroDivisionError: division"
+    ):
+        kernels_for("fakedev")
+
+
+def test_threads_get_the_same_kernels(install: Install, tmp_path: Path) -> None:
+    """Two would not know of each other's pins."""
+    install("slow-kernels", fakedev="")
+    (tmp_path / "slow_kernels.py").write_text("import time\nclass Fake:\n    def __init__(self): time.sleep(0.05)\n")
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(kernels_for, ["fakedev:0"] * 4))
+    assert len(found) == 1
+
+
 def test_of_several_packages_a_setting_names_one(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("First.Kernels", fakedev="first_kernels:Fake")
     install("second-kernels", fakedev="")
@@ -71,6 +93,26 @@ def test_of_several_packages_a_setting_names_one(install: Install, monkeypatch: 
     assert kernels_for("fakedev").name == "second_kernels"
     assert "first_kernels" not in sys.modules
     assert describe_kernels()["fakedev"].endswith("the setting kernels names it")
+
+
+def test_doctor_says_which_and_why_and_what_cannot_be_measured(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("odd-kernels", odddev="", other="")
+    (tmp_path / "odd_kernels.py").write_text(
+        "from tests.core.late_device import LateDevice, LateKernels\n"
+        "class Fake(LateKernels):\n"
+        "    def __init__(self): super().__init__(LateDevice())\n"
+        "    def allocate(self, device, nbytes): raise RuntimeError(f'{device} is full')\n"
+    )
+    monkeypatch.setenv("LMCACHE_SDK_KERNELS", "{other: absent}")
+    answer = CliRunner().invoke(app, ["doctor", "--url", "memory://", "--json"])
+    findings = {(f["topic"], f["name"]): f for f in json.loads(answer.output)["findings"]}
+    chosen = findings["installed", "kernels odddev"]
+    assert chosen["text"] == "odd_kernels:Fake (odd-kernels 1.2): the only one installed"
+    assert findings["speed", "odddev:0"]["text"] == "not measured: RuntimeError: odddev:0 is full"
+    refused = findings["installed", "kernels other"]
+    assert refused["status"] == "warn" and refused["text"].count("'absent'") == 1
 
 
 def test_the_projects_own_go_before_others_unless_a_setting_says_so(install: Install) -> None:

@@ -70,6 +70,7 @@ def test_what_is_no_rule_of_the_core() -> None:
         ("name=a b", "name: 'a b' cannot be a tier's name"),
         ("write=back&write=evict", "option 'write' is given twice"),
         ("write", "option 'write' has no value"),
+        ("pack=8MiB&encrypt_key_env=KEY", "cannot be packed into one; leave out pack, or the encryption"),
     ],
 )
 def test_a_wrong_option_is_named_and_no_secret(option: str, message: str) -> None:
@@ -151,6 +152,8 @@ def test_what_cannot_read_parts_does_not_pack_by_itself() -> None:
     tier = open_tiers(["memory://"])[0]
     assert tier.pack_bytes == 0
     tier.backend.close(1.0)
+    with pytest.raises(ConfigError, match="tier memory:// cannot pack: that needs a store that reads parts of records"):
+        open_tiers(["memory://#pack=8MiB"])
 
 
 def test_a_key_that_is_none_is_refused_before_anything_is_opened(tmp_path: Path) -> None:

@@ -56,6 +56,22 @@ class TestSGLangHiCache(EngineTests):
 
         return start
 
+    def test_a_shared_prefix(self, engine: EngineHarness) -> None:
+        """KV is rounded by the number of tokens that are computed with it: 192 that were computed with 58 others differ
+        in some bits from the same with 78 others, enough for another logprob of one prompt in five, and another token
+        of one in thirty. So a hit is held against SGLang's own of the same 192, which it equals to the last bit.
+        """
+        shared = self.prompt(200)
+        first, ids = shared + self.prompt(50), shared + self.prompt(70)
+        self.run(engine, first, cache_salt="own")
+        own = self.run(engine, ids, cache_salt="own")
+        assert own["cached_details"]["device"] == self.hit(engine, 270, 200)
+        self.run(engine, first)
+        self.only_cache(engine)
+        warm = self.run(engine, ids)
+        assert warm["cached_tokens"] == warm["cached_details"][self.restored_from] == self.hit(engine, 270, 200)
+        self.same(warm, own)
+
     def test_chat_turns(self, engine: EngineHarness) -> None:
         """KV that was computed token by token is not that of a prefill, so a hit is held against SGLang's own."""
         conversation = self.prompt(150)

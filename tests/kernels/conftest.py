@@ -26,6 +26,7 @@ class Stub:
         self.path = str(path)
         self._library = ctypes.CDLL(self.path)
         self._library.stub_lines.restype = ctypes.c_char_p
+        self._library.stub_current.restype = ctypes.c_size_t
         self._library.stub_reset()
 
     def lines(self) -> list[str]:
@@ -34,6 +35,10 @@ class Stub:
 
     def names(self) -> list[str]:
         return [line.split()[0] for line in self.lines()]
+
+    def current(self) -> int:
+        """The context or device of the calling thread; 0 = none, or HIP's first."""
+        return int(self._library.stub_current())
 
     def clear(self) -> None:
         self._library.stub_clear()

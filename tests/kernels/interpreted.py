@@ -16,7 +16,9 @@ DIRECT, STAGED = Routes(0, 0), Routes(1 << 62, 1 << 62)
 
 
 class HostDevice(Device):
-    tile_words = 1 << 14  # the interpreter's time goes by the number of tiles, not by their size
+    # The interpreter's time goes by the number of programs and tiles, not by their size.
+    tile_words = 1 << 14
+    programs = 3
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

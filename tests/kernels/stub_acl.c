@@ -24,6 +24,7 @@ static void *registered[64];
 static __thread int entered;
 
 const char *stub_lines(void) { return lines; }
+size_t stub_current(void) { return entered; }
 void stub_clear(void) { used = 0, lines[0] = 0; }
 void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0; }
 void stub_fail(const char *name, int code) { snprintf(failing, sizeof failing, "%s", name), failure = code; }

@@ -32,9 +32,11 @@ static char failing[64];
 static int failure;
 static size_t handles = 16;
 static void *registered[64];
+static __thread size_t current[8]; /* the devices or contexts that this thread has entered */
 static __thread int entered;
 
 const char *stub_lines(void) { return lines; }
+size_t stub_current(void) { return entered ? current[entered - 1] : 0; }
 void stub_clear(void) { used = 0, lines[0] = 0; }
 void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0; }
 void stub_fail(const char *name, int code) { snprintf(failing, sizeof failing, "%s", name), failure = code; }
@@ -51,6 +53,9 @@ static RESULT note(const char *name, const char *format, ...) {
     va_end(arguments);
     return failure && !strcmp(name, failing) ? (RESULT)failure : OK;
 }
+
+/* Of a call that no thread may make outside of a context. */
+static RESULT inside(RESULT result) { return entered ? result : NO_CONTEXT; }
 
 static RESULT pin(void *address, size_t size, int flags, const char *name) {
     RESULT result = note(name, "%p %zu %d", address, size, flags);
@@ -95,16 +100,17 @@ static RESULT make(void **handle, unsigned flags, const char *name) {
 
 #ifdef HIP
 
-hipError_t hipSetDevice(int device) { return entered = 1, note("SetDevice", "%d", device); }
+hipError_t hipGetDevice(int *device) { return *device = stub_current(), note("GetDevice", "%d", *device); }
+hipError_t hipSetDevice(int device) { return entered = 1, *current = device, note("SetDevice", "%d", device); }
 hipError_t hipStreamCreateWithFlags(hipStream_t *stream, unsigned flags) { return make((void **)stream, flags, "Stream"); }
 hipError_t hipEventCreateWithFlags(hipEvent_t *event, unsigned flags) { return make((void **)event, flags, "Event"); }
 hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream) {
-    return note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream);
+    return inside(note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream));
 }
-hipError_t hipEventQuery(hipEvent_t event) { return note("EventQuery", "%zu", (size_t)event); }
-hipError_t hipEventSynchronize(hipEvent_t event) { return note("EventSynchronize", "%zu", (size_t)event); }
+hipError_t hipEventQuery(hipEvent_t event) { return inside(note("EventQuery", "%zu", (size_t)event)); }
+hipError_t hipEventSynchronize(hipEvent_t event) { return inside(note("EventSynchronize", "%zu", (size_t)event)); }
 hipError_t hipStreamWaitEvent(hipStream_t stream, hipEvent_t event, unsigned flags) {
-    return note("StreamWaitEvent", "%zu %zu %u", (size_t)stream, (size_t)event, flags);
+    return inside(note("StreamWaitEvent", "%zu %zu %u", (size_t)stream, (size_t)event, flags));
 }
 hipError_t hipMemcpyAsync(void *target, const void *source, size_t size, hipMemcpyKind kind, hipStream_t stream) {
     return kind == hipMemcpyDefault ? move(target, source, size, stream, "MemcpyAsync") : INVALID;
@@ -128,16 +134,25 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal +
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     return *context = (CUcontext)(size_t)device, note("DevicePrimaryCtxRetain", "%d", device);
 }
-CUresult cuCtxSetCurrent(CUcontext context) { return entered = 1, note("CtxSetCurrent", "%zu", (size_t)context); }
+CUresult cuCtxPushCurrent_v2(CUcontext context) {
+    if (entered == sizeof current / sizeof *current) return INVALID; /* pushed and never popped */
+    CUresult result = note("CtxPushCurrent", "%zu", (size_t)context);
+    if (!result) current[entered++] = (size_t)context;
+    return result;
+}
+CUresult cuCtxPopCurrent_v2(CUcontext *context) {
+    if (!entered) return NO_CONTEXT;
+    return *context = (CUcontext)current[--entered], note("CtxPopCurrent", "%zu", (size_t)*context);
+}
 CUresult cuStreamCreate(CUstream *stream, unsigned flags) { return make((void **)stream, flags, "Stream"); }
 CUresult cuEventCreate(CUevent *event, unsigned flags) { return make((void **)event, flags, "Event"); }
 CUresult cuEventRecord(CUevent event, CUstream stream) {
-    return note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream);
+    return inside(note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream));
 }
-CUresult cuEventQuery(CUevent event) { return note("EventQuery", "%zu", (size_t)event); }
-CUresult cuEventSynchronize(CUevent event) { return note("EventSynchronize", "%zu", (size_t)event); }
+CUresult cuEventQuery(CUevent event) { return inside(note("EventQuery", "%zu", (size_t)event)); }
+CUresult cuEventSynchronize(CUevent event) { return inside(note("EventSynchronize", "%zu", (size_t)event)); }
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
-    return note("StreamWaitEvent", "%zu %zu %u", (size_t)stream, (size_t)event, flags);
+    return inside(note("StreamWaitEvent", "%zu %zu %u", (size_t)stream, (size_t)event, flags));
 }
 CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream) {
     return move((void *)target, (void *)source, size, stream, "MemcpyAsync");

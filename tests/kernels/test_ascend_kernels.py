@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,13 @@ def fetch(placed: Placed) -> Bytes:
 
 class TestAscendKernels(KernelTests):
     device = "npu:0"
-    most_cases = 60
 
     @pytest.fixture
-    def kernels(self, ascend: AscendKernels) -> Kernels:
-        return ascend
+    def kernels(self, ascend: AscendKernels) -> Iterator[Kernels]:
+        """No layout may need another operation: where an NPU lacks one, torch_npu computes on the host in silence."""
+        pretend_npu.operations.clear()
+        yield ascend
+        assert set(pretend_npu.operations) <= OPERATIONS
 
     def place(self, data: Bytes) -> Placed:
         return place(data)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lmcache_kernels_cuda.driver import CUDADriver
+from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
 from lmcache_sdk.errors import DeviceError, LayoutError
 from lmcache_sdk.kernels import DeviceKernels, Kernels, host_buffer, kernels_for
 from lmcache_sdk.layout import KVLayout, Plane
@@ -16,6 +18,8 @@ from tests.kernels.conftest import HAS_GPU, Build
 from tests.kernels.interpreted import DIRECT, STAGED, InterpretedKernels
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton's interpreter is off: see test_gpu.py")
+
+DRIVERS: dict[str, type[Driver]] = {"cuda": CUDADriver, "hip": HIPDriver}  # torch calls both devices "cuda"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,6 @@ class TestTritonKernels(KernelTests):
     """All through the staging buffer."""
 
     device = "cuda:0"
-    most_cases = 60
 
     @pytest.fixture
     def kernels(self, staged_kernels: Kernels) -> Kernels:
@@ -43,7 +46,6 @@ class TestRunByRun(KernelTests):
     """All by copy engine."""
 
     device = "cuda:0"
-    most_cases = 200
 
     @pytest.fixture
     def kernels(self, direct_kernels: Kernels) -> Kernels:
@@ -64,9 +66,13 @@ def pool(pages: int = 8, page: int = 4, heads: int = 2, dim: int = 32, layers: i
 
 @pytest.mark.parametrize("staging_bytes", [64 * 4, 1000, 4096])
 @pytest.mark.parametrize("verb", ["gather", "scatter"])
-def test_a_small_staging_buffer_is_used_again_and_again(build_stub: Build, staging_bytes: int, verb: str) -> None:
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_a_small_staging_buffer_is_used_again_and_again(
+    build_stub: Build, vendor: str, staging_bytes: int, verb: str
+) -> None:
     """Less than a plane, not a multiple of anything, more than a plane."""
-    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=STAGED, staging_bytes=staging_bytes)
+    driver = DRIVERS[vendor](build_stub(vendor).path)
+    kernels = InterpretedKernels(driver, routes=STAGED, staging_bytes=staging_bytes)
     memory, layout = pool()
     slots = np.array([5, 1, 9, 30, 17, 3, 2, 8, 31])
     plan, planes = kernels.plan(layout, slots), layout.planes_of("g", range(3))
@@ -104,10 +110,11 @@ def test_copies_that_are_done_on_return_go_through_a_bounded_buffer(
         assert not memory.reshape(6, 32, 64)[:, np.setdiff1d(np.arange(32), slots)].any()
 
 
-def test_neighbours_are_merged_before_they_are_queued(build_stub: Build) -> None:
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_neighbours_are_merged_before_they_are_queued(build_stub: Build, vendor: str) -> None:
     """Runs of different lengths, one descriptor each, all planes in one call."""
-    stub = build_stub("cuda")
-    kernels = InterpretedKernels(CUDADriver(stub.path), routes=DIRECT)
+    stub = build_stub(vendor)
+    kernels = InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT)
     memory, layout = pool()
     slots = np.array([4, 5, 6, 7, 8, 20, 21, 3])  # across pages; then two more runs
     chunk = host_buffer(6 * 8 * 128)
@@ -116,7 +123,7 @@ def test_neighbours_are_merged_before_they_are_queued(build_stub: Build) -> None
     stub.clear()
     stream.gather(layout.planes_of("g", range(3)), (0, 2), kernels.plan(layout, slots), chunk)
     (line,) = [line for line in stub.lines() if "Memcpy" in line]
-    assert line.split()[:2] == ["MemcpyBatchAsync_v2", str(3 * 6)]
+    assert line.split()[:2] == [{"cuda": "MemcpyBatchAsync_v2", "hip": "MemcpyBatchAsync"}[vendor], str(3 * 6)]
     assert np.array_equal(chunk.view(np.uint16).reshape(6, 8, 64), memory.reshape(6, 32, 64)[:, slots])
 
 
@@ -169,6 +176,9 @@ def test_pinning_is_counted_and_answers_with_the_drivers_reason(build_stub: Buil
     stub.fail("Register", 2)
     answer = kernels.pin(buffer)
     assert not answer and answer.why == "CUDA_ERROR_OUT_OF_MEMORY"
+    stub.fail("CtxPushCurrent", 2)
+    answer = kernels.pin(buffer)
+    assert not answer and answer.why == "cuCtxPushCurrent_v2 failed: CUDA_ERROR_OUT_OF_MEMORY"
 
 
 def test_the_first_queue_of_a_device_measures_it(build_stub: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +187,25 @@ def test_the_first_queue_of_a_device_measures_it(build_stub: Build, monkeypatch:
     first = kernels.stream("cuda:0")
     assert first.routes.gather == first.routes.scatter == 8 << 10  # nothing is slower than the interpreter
     assert kernels.stream("cuda:0").routes is first.routes
+
+
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_an_event_is_for_any_thread(build_stub: Build, vendor: str) -> None:
+    """Also for one that has never had to do with the device, and it leaves none behind there."""
+    stub = build_stub(vendor)
+    event = InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT).stream("cuda:0").record()
+    seen: list[Any] = []
+
+    def engine() -> None:
+        event.wait()
+        event.hold(SimpleNamespace(cuda_stream=77))
+        seen.extend([event.done(), stub.current()])
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    assert seen == [True, 0]
+    assert f"StreamWaitEvent 77 {event.handle} 0" in stub.lines()
 
 
 def test_it_is_what_the_interface_asks_for(build_stub: Build) -> None:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver, _mapped
 from lmcache_sdk.errors import DeviceError
-from tests.kernels.conftest import Build
+from tests.kernels.conftest import Build, Stub
 
 VENDORS = {"cuda": CUDADriver, "hip": HIPDriver}
 FORMS = [("cuda", 2), ("cuda", 1), ("cuda", 0), ("hip", 1), ("hip", 0)]
+
+
+Open = Callable[..., tuple[Stub, Driver]]
+
+
+@pytest.fixture
+def opened(build_stub: Build) -> Iterator[Open]:
+    """A stub of a vendor, and a driver that is on a device."""
+    with ExitStack() as stack:
+
+        def opened(vendor: str, batch: int = 2, device: int = 0) -> tuple[Stub, Driver]:
+            stub = build_stub(vendor, batch)
+            driver: Driver = VENDORS[vendor](stub.path)
+            stack.enter_context(driver.on(device))
+            return stub, driver
+
+        yield opened
 
 
 def batched(vendor: str, batch: int) -> str:
@@ -30,10 +49,8 @@ def copies(count: int, size: int = 48) -> tuple[list[np.ndarray], np.ndarray, np
 
 
 @pytest.mark.parametrize(("vendor", "batch"), FORMS)
-def test_many_copies_are_one_call_where_the_driver_has_it(build_stub: Build, vendor: str, batch: int) -> None:
-    stub = build_stub(vendor, batch)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_many_copies_are_one_call_where_the_driver_has_it(opened: Open, vendor: str, batch: int) -> None:
+    stub, driver = opened(vendor, batch)
     stream = driver.new_stream()
     arrays, source, target = copies(5)
     stub.clear()
@@ -46,32 +63,26 @@ def test_many_copies_are_one_call_where_the_driver_has_it(build_stub: Build, ven
         assert stub.lines()[0].endswith(f" 48 {stream}")
 
 
-def test_hip_takes_no_more_than_8192_at_once(build_stub: Build) -> None:
-    stub = build_stub("hip", 1)
-    driver = HIPDriver(stub.path)
-    driver.enter(3)
+def test_hip_takes_no_more_than_8192_at_once(opened: Open) -> None:
+    stub, driver = opened("hip", 1, device=3)
     arrays, source, target = copies(10_000, 16)
     driver.copy(*arrays, driver.new_stream())
     assert np.array_equal(target, source[::-1])
     assert [line.split()[1] for line in stub.lines() if "Batch" in line] == ["8192", "1808"]
-    assert stub.lines()[0] == "SetDevice 3"
+    assert stub.lines()[:2] == ["GetDevice 0", "SetDevice 3"]
 
 
 @pytest.mark.parametrize(("vendor", "batch"), [("cuda", 2), ("hip", 1)])
-def test_one_copy_is_no_batch(build_stub: Build, vendor: str, batch: int) -> None:
-    stub = build_stub(vendor, batch)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_one_copy_is_no_batch(opened: Open, vendor: str, batch: int) -> None:
+    stub, driver = opened(vendor, batch)
     arrays, source, target = copies(1)
     driver.copy(*arrays, driver.new_stream())
     assert stub.names()[-1] == "MemcpyAsync" and np.array_equal(target, source)
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-def test_events_and_streams(build_stub: Build, vendor: str) -> None:
-    stub = build_stub(vendor)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_events_and_streams(opened: Open, vendor: str) -> None:
+    stub, driver = opened(vendor)
     stream, other = driver.new_stream(), driver.new_stream()
     event = driver.new_event()
     stub.clear()
@@ -95,10 +106,36 @@ def test_the_primary_context_is_retained_once_and_entered_each_time(build_stub: 
     stub = build_stub("cuda")
     driver = CUDADriver(stub.path)
     for device in (1, 1, 0, 1):
-        driver.enter(device)
+        with driver.on(device):
+            assert stub.current() == 100 + device
     names = stub.names()
-    assert names.count("DevicePrimaryCtxRetain") == 2 and names.count("CtxSetCurrent") == 4
-    assert [line for line in stub.lines() if line.startswith("CtxSet")][-1] == "CtxSetCurrent 101"
+    assert names.count("DevicePrimaryCtxRetain") == 2
+    assert names.count("CtxPushCurrent") == names.count("CtxPopCurrent") == 4
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_thread_is_on_the_device_only_meanwhile(build_stub: Build, vendor: str) -> None:
+    """An engine's thread that asks for an event of another device must not be moved there, also where that fails."""
+    stub = build_stub(vendor)
+    driver: Driver = VENDORS[vendor](stub.path)
+    seen: list[int] = []
+
+    def engine() -> None:
+        with driver.on(1):
+            seen.append(stub.current())
+            with driver.on(2):
+                seen.append(stub.current())
+            seen.append(stub.current())
+            stub.fail("EventQuery", 1)
+            with pytest.raises(DeviceError), driver.on(2):
+                driver.done(5)
+            seen.append(stub.current())
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    one, two = (101, 102) if vendor == "cuda" else (1, 2)
+    assert seen == [one, two, one, one]
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
@@ -113,20 +150,16 @@ def test_the_primary_context_is_retained_once_and_entered_each_time(build_stub: 
         ("StreamWaitEvent", lambda driver: driver.hold(2, 1)),
     ],
 )
-def test_an_error_is_named(build_stub: Build, vendor: str, name: str, call: Callable[[Driver], object]) -> None:
-    stub = build_stub(vendor)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_an_error_is_named(opened: Open, vendor: str, name: str, call: Callable[[Driver], object]) -> None:
+    stub, driver = opened(vendor)
     stub.fail(name, 2)  # out of memory, with both
     with pytest.raises(DeviceError, match=rf"{name}\w* failed: \w*(OutOfMemory|OUT_OF_MEMORY)"):
         call(driver)
 
 
 @pytest.mark.parametrize(("vendor", "batch"), FORMS)
-def test_a_copy_that_fails_is_an_error(build_stub: Build, vendor: str, batch: int) -> None:
-    stub = build_stub(vendor, batch)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_a_copy_that_fails_is_an_error(opened: Open, vendor: str, batch: int) -> None:
+    stub, driver = opened(vendor, batch)
     arrays, _, target = copies(3)
     stub.fail(batched(vendor, batch) or "MemcpyAsync", 2)
     with pytest.raises(DeviceError, match=r"emcpy\w* failed: \w*(OutOfMemory|OUT_OF_MEMORY)"):
@@ -135,10 +168,8 @@ def test_a_copy_that_fails_is_an_error(build_stub: Build, vendor: str, batch: in
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-def test_registration(build_stub: Build, vendor: str) -> None:
-    stub = build_stub(vendor)
-    driver: Driver = VENDORS[vendor](stub.path)
-    driver.enter(0)
+def test_registration(opened: Open, vendor: str) -> None:
+    stub, driver = opened(vendor)
     assert driver.register(4096, 8192) == ""
     assert stub.lines()[-1] == "Register 0x1000 8192 1"
     assert driver.register(4096, 8192)  # somebody has done it already
@@ -151,8 +182,8 @@ def test_a_driver_that_is_not_there_or_too_old_is_named(build_stub: Build) -> No
     with pytest.raises(DeviceError, match=r"the CUDA driver cannot be used: .*no-such-file"):
         CUDADriver("no-such-file.so")
     driver = HIPDriver(build_stub("cuda").path)
-    with pytest.raises(DeviceError, match="the HIP driver has no hipSetDevice; update it"):
-        driver.enter(0)
+    with pytest.raises(DeviceError, match="the HIP driver has no hipGetDevice; update it"), driver.on(0):
+        pass
 
 
 def test_hip_is_the_one_that_torch_has_loaded() -> None:

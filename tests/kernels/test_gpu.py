@@ -26,7 +26,6 @@ def gpu_kernels(request: pytest.FixtureRequest) -> CUDAKernels:
 
 class TestGPU(KernelTests):
     device = "cuda:0"
-    most_cases = 200
 
     @pytest.fixture
     def kernels(self, gpu_kernels: CUDAKernels) -> Kernels:
@@ -34,6 +33,7 @@ class TestGPU(KernelTests):
 
     def place(self, data: Bytes) -> Placed:
         owner = torch.from_numpy(data.copy()).to(self.device)
+        torch.cuda.synchronize()  # the copies' own streams do not wait for torch's
         return Placed(owner.data_ptr(), owner)
 
     def fetch(self, placed: Placed) -> Bytes:
@@ -46,6 +46,7 @@ def test_a_store_waits_for_torchs_stream_and_torchs_stream_for_the_store() -> No
     kernels = kernels_for("cuda:0")
     assert isinstance(kernels, CUDAKernels)
     memory = torch.zeros((64, 16, 8, 128), dtype=torch.bfloat16, device="cuda:0")
+    torch.cuda.synchronize()
     plane = Plane.of(memory, ("page", "token", "head", "dim"), group="g", layer=0, role="latent")
     layout = KVLayout((plane,), "cuda:0")
     chunk = host_buffer(memory.nbytes)

@@ -10,54 +10,34 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from lmcache_sdk.testing.harness import EngineHarness
 from tests.core.served import Served
 from tests.sglang.process import engine
-
-MOST_ADDED_S = 2.0
-
-
-def prompt(number: int, tokens: int = 300) -> list[int]:
-    return [int(token) for token in np.random.default_rng([9, number]).integers(10, 1000, tokens)]
-
-
-def run(harness: EngineHarness, ids: list[int]) -> dict[str, Any]:
-    return harness.generate(ids, 8, logits=True)
-
-
-def restored(harness: EngineHarness, ids: list[int]) -> None:
-    """Cold, and then from the store: the same to the last bit."""
-    cold = run(harness, ids)
-    assert cold["cached_tokens"] == 0
-    assert harness.flush() and harness.call("forget", 30)["forgotten"]
-    warm = run(harness, ids)
-    assert warm["cached_details"]["storage"] == warm["cached_tokens"] == 256
-    assert (warm["token_ids"], warm["top"]) == (cold["token_ids"], cold["top"])
+from tests.sglang.scenarios import HIT, MOST_ADDED_S, lost, prompt, prompts, restored, run
 
 
 @pytest.mark.timeout(300)
 def test_tensor_parallelism_shares_with_a_single_rank(tiny_directory: Path, served: Served) -> None:
     """Both ways, by a finer grid, and from one layout of host memory into another; each alone is exact. Between them
-    sums are rounded otherwise.
+    sums are rounded otherwise. Two ranks, too, are undisturbed when the daemon is.
     """
     extra = {"heads_per_cell": 1}
     variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     layer_first = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"}
     page_head = {"hicache_mem_layout": "page_head", "hicache_io_backend": "kernel"}
     with engine(tiny_directory, served.url, extra=extra, tp_size=2, variables=variables, **layer_first) as pair:
-        restored(pair, prompt(2))
+        restored(pair, prompt(2), "storage")
         with engine(tiny_directory, served.url, extra=extra, **page_head) as single:
             assert single.hello["namespace"] == pair.hello["namespace"]
-            assert run(single, prompt(2))["cached_details"]["storage"] == 256
-            restored(single, prompt(3))
-            single.stop()
-        assert run(pair, prompt(3))["cached_details"]["storage"] == 256
-        pair.stop()
+            assert run(single, prompt(2))["cached_details"]["storage"] == HIT
+            restored(single, prompt(3), "storage")
+            assert single.stop() == 0
+        assert run(pair, prompt(3))["cached_details"]["storage"] == HIT
+        lost(pair, served, prompts(20))
+        assert pair.stop() == 0
 
 
 @pytest.mark.timeout(240)
@@ -68,14 +48,14 @@ def test_under_load_and_sglangs_own_faults(tiny_directory: Path, served: Served)
         "SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE": "0.1",
     }
     with engine(tiny_directory, served.url, variables=variables) as harness:
-        prompts = [prompt(10 + number, 200) for number in range(6)]
-        colds = [run(harness, ids)["token_ids"] for ids in prompts]
+        asked = prompts(10)
+        colds = [run(harness, ids)["token_ids"] for ids in asked]
 
         def all_as_before(*, load: bool = True) -> float:
             """All of them at once; the answer is how long that took."""
             harness.call("forget", 30)
             began = time.monotonic()
-            numbers = [harness.send("generate", ids=ids, max_new_tokens=8, load=load) for ids in prompts]
+            numbers = [harness.send("generate", ids=ids, max_new_tokens=8, load=load) for ids in asked]
             for number, cold in zip(numbers, colds, strict=True):
                 assert harness.receive(number, 30)["token_ids"] == cold
             return time.monotonic() - began

@@ -130,6 +130,26 @@ def test_tensor_parallel_ranks_store_their_own_heads(
         assert torch.equal(rank.content([7, 8, 9]), content)
 
 
+def test_latent_pages_are_stored_once_and_read_by_all_ranks(
+    latent_directory: Path, served: Served, ranks: list[Rank]
+) -> None:
+    pair = [Rank(latent_directory, served.url, latent=True, tp_size=2, tp_rank=rank) for rank in range(2)]
+    ranks.extend(pair)
+    assert [rank.config.is_storage_writer for rank in pair] == [True, False]  # SGLang stores by the first alone
+    keys = digests(107, 3)
+    wanted = pair[0].fill([1, 2, 3], seed=1)
+    assert pair[0].set(keys, [1, 2, 3]) == [True] * 3
+    for rank in pair:
+        assert rank.backend.batch_exists(keys) == 3
+        assert rank.get(keys, [7, 8, 9]) == [True] * 3
+        assert torch.equal(rank.content([7, 8, 9]), wanted)
+    pair[1].fill([1, 2, 3], seed=2)
+    assert pair[1].set(keys, [1, 2, 3]) == [True] * 3  # it has them, and keeps what it has
+    assert served.status()["stats"]["chunks"] == 3
+    assert pair[0].get(keys, [10, 11, 12]) == [True] * 3
+    assert torch.equal(pair[0].content([10, 11, 12]), wanted)
+
+
 def test_a_finer_grid_is_shared_by_engines_of_any_size(
     tiny_directory: Path, shared_daemon: Served, ranks: list[Rank]
 ) -> None:

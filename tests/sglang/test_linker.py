@@ -429,6 +429,40 @@ def test_offloads_are_told_in_their_order(tree: Tree) -> None:
     assert tree.match(prompt(131, 2))[1].host_hit_length == 0  # it had not been begun
 
 
+def test_a_load_does_not_wait_for_a_store(tree: Tree) -> None:
+    """They share no place: SGLang gives none away that is being stored, though it needs room."""
+    ids, others = prompt(170, 4), prompt(171, 4)
+    computed = tree.compute(ids)
+    tree.settle()
+    tree.forget()
+    go_on, read = threading.Event(), []
+
+    def gather(copy: Callable[..., None], *given: Any) -> None:
+        read.append(given)
+        assert go_on.wait(20)
+        copy(*given)
+
+    undo = intercept(tree.linker._attached.storer, "gather", gather)
+    kept = tree.compute(others)
+    until(lambda: read, 10.0, "the first gather")
+    tree.evict()
+    _, result = tree.match(others)
+    assert result.device_prefix_len == 4 * PAGE
+    request, _ = tree.match(ids)
+    slots = tree.load(request)
+    assert slots is not None and tree.forward([request]) == []
+    assert torch.equal(tree.content(slots), computed)
+    go_on.set()
+    undo()
+    tree.settle()
+    tree.evict()
+    request, result = tree.match(others)
+    assert (result.device_prefix_len, result.host_hit_length) == (0, 4 * PAGE)
+    slots = tree.load(request)
+    assert slots is not None and tree.forward([request]) == []
+    assert torch.equal(tree.content(slots), kept)
+
+
 # What is refused
 
 

@@ -189,7 +189,7 @@ def positions(served: Served, ids: list[int]) -> list[int]:
     for record in backend.scan():
         if any(digest.hex() in record.key for digest in digests):
             body = bytearray(record.nbytes)
-            backend.get([record.key], [memoryview(body)])
+            assert backend.get([record.key], [memoryview(body)]) == [record.nbytes]
             header = read_header(memoryview(body))
             found[header.key.digest] = header.first_position
     backend.close(10.0)

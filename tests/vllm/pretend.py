@@ -177,8 +177,6 @@ class PretendEngine:
                     rank.connector.shutdown()
             raise
         self.connector = self.scheduler.connector
-        told = {(0, number): rank.connector.get_handshake_metadata() for number, rank in enumerate(self.ranks)}
-        self.connector.set_xfer_handshake_metadata_pp_aware(pickle.loads(pickle.dumps(told)))
         self.aggregator = KVOutputAggregator(ranks)
         self.asynchronous = asynchronous
         self.tokens: dict[str, list[int]] = {}

@@ -174,18 +174,18 @@ def test_memory_of_another_form_is_refused_with_its_shape(start: Any, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("extra", "error"),
+    ("extra", "message"),
     [
-        ({"url": "unix://relative"}, ConfigError),
-        ({"url": "nothing://here"}, ConfigError),
-        ({"colour": "red"}, ConfigError),
-        ({"heads_per_cell": 3, "ranks": 2}, ConfigError),
+        ({"url": "unix://relative"}, "write unix:///path/of/socket with three slashes"),
+        ({"url": "nothing://here"}, "unknown scheme 'nothing' .* may also be a daemon, unix:///path/of/socket"),
+        ({"colour": "red"}, "unknown setting 'colour'"),
+        ({"heads_per_cell": 3, "ranks": 2}, "heads_per_cell"),
     ],
 )
 def test_on_error_refuses_or_degrades(
-    start: Any, extra: dict[str, Any], error: type[Exception], capfd: pytest.CaptureFixture[str]
+    start: Any, extra: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(error):
+    with pytest.raises(ConfigError, match=message):
         start(**extra)
     engine = start(**extra, on_error="degrade")
     assert "vLLM serves WITHOUT the cache" in capfd.readouterr().err
@@ -218,16 +218,31 @@ def test_a_daemon_of_another_version_is_refused_or_done_without(
 
 
 def test_a_worker_that_cannot_be_served_ends_the_cache_for_all(
-    start: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    start: Any, served: Served, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tests.vllm.pretend._get_attn_isa", lambda *_: "amx")
-    engine = start(on_error="degrade")
-    assert "a worker cannot use it: LayoutError" in capfd.readouterr().err
-    assert engine.connector._scheduler is None
+    """What it was told to load before it could say so is computed."""
+
+    def strange(*_: Any) -> Any:
+        raise LayoutError("strange memory")
+
+    assert start(url=served.url).run("stored", IDS) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache_adapters.vllm.connector.EngineMemory", strange)
+        engine = start(url=served.url, on_error="degrade")
+    assert "vLLM serves WITHOUT the cache: LayoutError: strange memory" in capfd.readouterr().err
+    assert engine.run("a", IDS) == 192
+    assert str(engine.finished["a"]) == "length"
+    assert "since a worker cannot use it: LayoutError: strange memory" in capfd.readouterr().err
+    assert engine.scheduler.reset_prefix_cache()
+    assert engine.run("b", [*IDS, *IDS]) == 0
+    assert served.status()["stats"]["chunks"] == 3
 
 
-def test_a_store_url_gets_a_daemon_of_the_engines_own(start: Any, tmp_path: Path) -> None:
+def test_a_store_url_gets_a_daemon_of_the_engines_own(
+    start: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     engine = start(url=f"lmdb://{tmp_path}/kv?size=64MiB", pool_bytes="16MiB")
+    assert "no daemon" not in capfd.readouterr().err
     until(lambda: engine.ranks[0].connector._worker_cache.connected)  # it was there before the daemon
     engine.run("cold", IDS)
     engine.flush()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache_sdk.testing.harness import EngineError
+from lmcache_sdk.testing.harness import EngineError, EngineHarness
 from tests.core.served import Served
 from tests.vllm.process import engine
+from tests.vllm.tiny import make_model_with_windows
 
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -60,6 +61,36 @@ def test_tensor_parallel_engines_share_both_ways(tiny_directory: Path, served: S
 def test_what_is_refused_says_why(tiny_directory: Path, served: Served) -> None:
     with pytest.raises(EngineError, match="unknown setting 'uri'"):
         engine(tiny_directory, served.url, extra={"uri": "x"}).start()
+
+
+@pytest.mark.timeout(180)
+def test_a_hybrid_model_is_refused_or_served_without(served: Served, tmp_path: Path) -> None:
+    """It has several KV cache groups, whose block ids vLLM hands over all the same."""
+    model = make_model_with_windows(tmp_path / "tiny-gemma")
+    with pytest.raises(EngineError, match="KV cache groups SlidingWindowSpec, FullAttentionSpec"):
+        engine(model, served.url).start()
+    _serves_without(engine(model, served.url, extra={"on_error": "degrade"}), served)
+
+
+@pytest.mark.timeout(120)
+def test_speculative_decoding_is_served_without(tiny_directory: Path, served: Served) -> None:
+    method = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    harness = engine(tiny_directory, served.url, extra={"on_error": "degrade"}, speculative_config=method)
+    _serves_without(harness, served)
+
+
+def _serves_without(harness: EngineHarness, served: Served) -> None:
+    ids = prompt(300, 4)
+    with harness:
+        first = harness.generate(ids, 8)
+        together = [harness.send("generate", ids=ids[cut:], max_new_tokens=8) for cut in range(3)]
+        for number in together:
+            harness.receive(number, 60)
+        assert harness.call("forget", 60)["forgotten"]
+        again = harness.generate(ids, 8)
+        assert (again["cached_tokens"], again["token_ids"]) == (0, first["token_ids"])
+        assert served.status()["stats"]["chunks"] == 0
+        assert harness.stop() == 0
 
 
 @pytest.mark.timeout(400)

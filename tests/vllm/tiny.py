@@ -69,6 +69,18 @@ def make_model_that_hears(directory: Path) -> Path:
     return directory
 
 
+def make_model_with_windows(directory: Path) -> Path:
+    """A Gemma 3, every other layer of which sees a window only."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    config = Gemma3TextConfig(**_FACTS, head_dim=DIM, query_pre_attn_scalar=DIM, sliding_window=128, layer_types=kinds)
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
 def make_lora(directory: Path, seed: int) -> Path:
     """An adapter of the Llama's queries and values."""
     random = torch.Generator().manual_seed(seed)

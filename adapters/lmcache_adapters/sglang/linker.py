@@ -42,7 +42,12 @@ _CLOSE_S = 10.0
 
 
 class _Attached(NamedTuple):
-    """What there is while the cache can be used. Stores are copied on a thread of their own: a load need not wait."""
+    """What there is while the cache can be used.
+
+    Two connectors, each with a thread of its own: a store asks the daemon before it copies, and a load that was
+    promised must not wait for one that hangs. SGLang keeps order between them: a load's places are nobody else's until
+    it has ended, and none is given away while it is stored.
+    """
 
     cache: Cache
     finder: Finder

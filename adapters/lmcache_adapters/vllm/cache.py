@@ -31,7 +31,7 @@ def open_for_worker(settings: VLLMSettings, engine_id: str, namespace: Namespace
     """The same cache. A daemon of the engine's own may not be there yet: workers come first."""
     if not settings.has_own_daemon:
         return open_cache(settings.url, namespace=namespace, producer=producer)
-    return DaemonCache(_own_socket(engine_id), namespace, producer)
+    return DaemonCache(_own_socket(engine_id), namespace, producer, starts_later=True)
 
 
 def _own_socket(engine_id: str) -> Path:

@@ -14,7 +14,7 @@ from lmcache_adapters.settings import on_error
 from lmcache_adapters.vllm.cache import open_for_scheduler, open_for_worker
 from lmcache_adapters.vllm.identity import namespace_and_producer, refuse_unserved_engine
 from lmcache_adapters.vllm.layout import EngineMemory
-from lmcache_adapters.vllm.messages import Readiness, StepMeta, StepReport
+from lmcache_adapters.vllm.messages import StepMeta, StepReport
 from lmcache_adapters.vllm.scheduler import Scheduler
 from lmcache_adapters.vllm.settings import VLLMSettings, read_settings
 from lmcache_adapters.vllm.stats import ConnectorPromMetrics, ConnectorStats
@@ -56,7 +56,6 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
         self._namespace: Namespace
         self._producer: Producer
         self._worker_cache: Any = None
-        self._idle = False
         self._guard(self._begin)
 
     def _begin(self) -> None:
@@ -106,17 +105,7 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's role
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
-        self._hear_of_workers(list(metadata.values()))
-
-    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        self._hear_of_workers(list(metadata.values()))
-
-    def _hear_of_workers(self, told: list[Any]) -> None:
-        trouble = next((one.trouble for one in told if isinstance(one, Readiness) and one.trouble), "")
-        if trouble and self._scheduler is not None:
-            _log.error("vLLM serves WITHOUT the cache, since a worker cannot use it: %s", trouble)
-            self._scheduler.close(_CLOSE_S)
-            self._scheduler = None
+        """Another connector's (MultiConnector); what our workers have to say is in their first report."""
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.matched(request, num_computed_tokens) if self._scheduler else (0, False)
@@ -174,7 +163,7 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._trouble:
             self._guard(lambda: self._register(kv_caches))
         if self._worker is None:
-            self._worker = Worker(None, 1, self._block_tokens)
+            self._worker = Worker(None, 1, self._block_tokens, trouble=self._trouble)
 
     def _register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         spec = self._namespace.spec
@@ -190,10 +179,6 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
             raise
         self._worker_cache = cache
         self._worker = Worker(connector, spec.chunk_tokens, self._block_tokens, memory.now)
-
-    def get_handshake_metadata(self) -> Readiness | None:
-        # Of several connectors (MultiConnector) only one is heard: one that needs a handshake goes before our "ready".
-        return Readiness(self._trouble) if self._trouble else None
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker:

@@ -290,9 +290,12 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     from lmcache_adapters.vllm.settings import read_settings
 
     config = engine.vllm_config
-    settings = read_settings({"url": options.cache, **pairs(options.extra)})
-    identity = namespace_and_producer(config, settings)
-    return engine, open_for_worker(settings, config.kv_transfer_config.engine_id, *identity)
+    try:
+        settings = read_settings({"url": options.cache, **pairs(options.extra)})
+        identity = namespace_and_producer(config, settings)
+        return engine, open_for_worker(settings, config.kv_transfer_config.engine_id, *identity)
+    except LMCacheSDKError:  # the connector has said why, and `on_error` lets the engine serve without it
+        return engine, None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from lmcache_sdk.api import Ticket
 
@@ -72,22 +68,18 @@ class StepReport(KVConnectorWorkerMetadata):
         step: of the StepMeta, if that had one.
         stored: stores that have ended, by request.
         failed: requests of which not all was loaded.
+        trouble: why a worker's memory cannot be served; empty if it can.
     """
 
     step: int | None = None
     stored: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    trouble: str = ""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
         stored = dict(self.stored)
         for rid, count in other.stored.items():
             stored[rid] = stored.get(rid, 0) + count
-        return StepReport(self.step if self.step is not None else other.step, stored, self.failed | other.failed)
-
-
-@dataclass(frozen=True)
-class Readiness(KVConnectorHandshakeMetadata):
-    """A worker to the scheduler, once at start: why its memory cannot be served; empty if it can."""
-
-    trouble: str = ""
+        step = self.step if self.step is not None else other.step
+        return StepReport(step, stored, self.failed | other.failed, self.trouble or other.trouble)

@@ -165,6 +165,9 @@ class Scheduler:
         """What the workers say after a step."""
         now = self._clock()
         if report is not None:
+            if report.trouble:
+                _log.error("vLLM serves WITHOUT the cache, since a worker cannot use it: %s", report.trouble)
+                self._loads = self._stores = False
             timed = self._timed.pop(report.step, None) if report.step is not None else None
             if timed is not None:
                 began, first, tokens = timed

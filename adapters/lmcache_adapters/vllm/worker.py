@@ -38,6 +38,7 @@ class Worker:
         chunk_tokens: of the namespace.
         block_tokens: of a block as the scheduler counts them.
         now: an event of the device's, behind all that vLLM has queued so far; None where it has no streams.
+        trouble: why there is no connector; told to the scheduler's half once.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Worker:
         chunk_tokens: int,
         block_tokens: int,
         now: Callable[[], Any] = lambda: None,
+        trouble: str = "",
     ) -> None:
         self._connector = connector
         self._now = now
@@ -55,7 +57,7 @@ class Worker:
         self._storing: list[tuple[str, Transfer]] = []
         self._held: set[str] = set()
         self._lost_blocks: set[int] = set()
-        self._report = StepReport()
+        self._report = StepReport(trouble=trouble)
         self.figures: dict[str, float] = {}
 
     def before_forward(self, meta: StepMeta) -> None:

@@ -51,8 +51,7 @@ def read(url: Url) -> Settings:
     unix, cluster = url.scheme == UNIX, url.scheme in CLUSTER
     if unix and (url.hostname or not url.path):
         raise ConfigError(f"{url.shown!r} needs the path of a socket: {UNIX}:///run/redis/redis.sock?db=0")
-    if not unix and not url.hostname:
-        raise ConfigError(f"{url.shown!r} names no host; write it like {url.scheme}://cache.example:6379/0")
+    host, port = ("", 0) if unix else url.server(6379)
     username = url.username or None
     password = _password(url)
     if username and password is None:
@@ -60,8 +59,8 @@ def read(url: Url) -> Settings:
     settings = Settings(
         scheme=url.scheme,
         shown=url.shown,
-        host=url.hostname or "",
-        port=6379 if url.port is None else url.port,
+        host=host,
+        port=port,
         path=url.path if unix else "",
         username=username,
         password=password,

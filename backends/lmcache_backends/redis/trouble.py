@@ -81,6 +81,8 @@ def _connecting(error: BaseException, settings: Settings) -> str:
         if "without any password" in text:
             return _TEXTS["without any password"]
         return _REFUSALS["NOAUTH" if "required" in text else "WRONGPASS"]
+    if isinstance(error, redis.InvalidResponse):
+        return "does not talk as Redis does; is the port right?"
     if isinstance(error, redis.BusyLoadingError):
         return _REFUSALS["LOADING"]
     if isinstance(error, redis.ResponseError) and "DB index" in str(error):

@@ -74,6 +74,7 @@ def launch(
     *,
     to_staging: bool,
     tile_words: int = TILE_WORDS,
+    programs: int = PROGRAMS,
 ) -> None:
     """Queue a copy on the current stream.
 
@@ -83,9 +84,10 @@ def launch(
         staging: uint8 [planes * blocks * block], at a multiple of 16.
         block: bytes.
         alignment: bytes that divide the bases, offsets and ``block``.
+        tile_words, programs: how the work is cut; any numbers are right.
     """
     size = word_bytes(alignment)
-    copy_blocks[(PROGRAMS,)](
+    copy_blocks[(programs,)](
         bases, offsets, staging.view(WORDS[size]), len(offsets), len(bases), **variant(block, alignment, tile_words),
         TO_STAGING=to_staging, num_warps=WARPS,
     )  # fmt: skip

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +40,7 @@ class _Attributes(ctypes.Structure):
 
 
 class Driver(ABC):
-    """What both vendors have, in the same words. Calls that queue something need ``enter`` in the same thread before.
+    """What both vendors have, in the same words. Every call is made inside of ``on``.
 
     Every method raises DeviceError if the driver reports an error.
 
@@ -60,8 +61,8 @@ class Driver(ABC):
             raise DeviceError(f"the {self.vendor} driver cannot be used: {error}") from error
 
     @abstractmethod
-    def enter(self, device: int) -> None:
-        """Make a device the calling thread's."""
+    def on(self, device: int) -> AbstractContextManager[None]:
+        """The device is the calling thread's meanwhile. A new thread has none, and an engine's gets its own back."""
 
     def new_stream(self) -> int:
         """A stream that waits for no other by itself."""
@@ -154,14 +155,19 @@ class CUDADriver(Driver):
         # CUDA 12.8 has the first form, which reports where it failed; CUDA 13 the second.
         self._batch = next((name for name in ("MemcpyBatchAsync_v2", "MemcpyBatchAsync") if self._has(name)), "")
 
-    def enter(self, device: int) -> None:
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
         context = self._contexts.get(device)
         if context is None:
             handle, ordinal = c_void_p(), c_int()
             self._call("DeviceGet", ctypes.byref(ordinal), c_int(device))
             self._call("DevicePrimaryCtxRetain", ctypes.byref(handle), ordinal)  # torch's own
             context = self._contexts[device] = handle.value or 0
-        self._call("CtxSetCurrent", c_void_p(context))
+        self._call("CtxPushCurrent_v2", c_void_p(context))
+        try:
+            yield
+        finally:
+            self._call("CtxPopCurrent_v2", ctypes.byref(c_void_p()))
 
     def _copy_one(self, target: c_void_p, source: c_void_p, size: c_size_t, stream: c_void_p) -> None:
         self._call("MemcpyAsync", target, source, size, stream)
@@ -206,8 +212,15 @@ class HIPDriver(Driver):
         super().__init__(library or _mapped("libamdhip64.so"))
         self._batch = "MemcpyBatchAsync" if self._has("MemcpyBatchAsync") else ""
 
-    def enter(self, device: int) -> None:
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        before = c_int()
+        self._call("GetDevice", ctypes.byref(before))
         self._call("SetDevice", c_int(device))
+        try:
+            yield
+        finally:
+            self._call("SetDevice", before)
 
     def _copy_one(self, target: c_void_p, source: c_void_p, size: c_size_t, stream: c_void_p) -> None:
         self._call("MemcpyAsync", target, source, size, c_int(self._MEMCPY_DEFAULT), stream)

@@ -78,12 +78,12 @@ class CUDAKernels(QueuedKernels):
         return stream
 
     def _register(self, address: int, nbytes: int) -> str:
-        self._driver.enter(self._home)  # any device will do, but no new one: each takes memory of its own
-        return self._driver.register(address, nbytes)
+        with self._driver.on(self._home):  # any device will do, but no new one: each takes memory of its own
+            return self._driver.register(address, nbytes)
 
     def _unregister(self, address: int) -> None:
-        self._driver.enter(self._home)
-        self._driver.unregister(address)
+        with self._driver.on(self._home):
+            self._driver.unregister(address)
 
     def _calibrated(self, device: str, stream: CUDAStream) -> Routes:
         chunk = host_buffer(_CALIBRATION_BYTES)

@@ -25,6 +25,7 @@ class Device:
     """What torch is needed for: memory, and kernels on a stream."""
 
     tile_words = blocks.TILE_WORDS
+    programs = blocks.PROGRAMS
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -45,24 +46,33 @@ class Device:
 
 
 class CUDAEvent:
-    """See :class:`lmcache_sdk.kernels.Event`."""
+    """See :class:`lmcache_sdk.kernels.Event`. For any thread.
 
-    def __init__(self, driver: Driver, handle: int, unused: list[int]) -> None:
+    Args:
+        device: whose it is.
+        handle: the driver's; given to ``unused`` when nobody has the event any more.
+    """
+
+    def __init__(self, driver: Driver, device: int, handle: int, unused: list[int]) -> None:
         self.handle = handle
         self._driver = driver
+        self._device = device
         weakref.finalize(self, unused.append, handle).atexit = False
 
     def done(self) -> bool:
         """See :class:`lmcache_sdk.kernels.Event`."""
-        return self._driver.done(self.handle)
+        with self._driver.on(self._device):
+            return self._driver.done(self.handle)
 
     def wait(self) -> None:
         """See :class:`lmcache_sdk.kernels.Event`."""
-        self._driver.wait(self.handle)
+        with self._driver.on(self._device):
+            self._driver.wait(self.handle)
 
     def hold(self, stream: Any) -> None:
         """``stream``: a ``torch.cuda.Stream``."""
-        self._driver.hold(int(stream.cuda_stream), self.handle)
+        with self._driver.on(self._device):
+            self._driver.hold(int(stream.cuda_stream), self.handle)
 
 
 class CUDAStream(StagedQueue):
@@ -91,8 +101,7 @@ class CUDAStream(StagedQueue):
     @contextmanager
     def queueing(self) -> Iterator[None]:
         """See :class:`StagedQueue`."""
-        with self._device.on(self._handle):
-            self._driver.enter(self._device.index)
+        with self._device.on(self._handle), self._driver.on(self._device.index):
             yield
 
     def staging(self) -> tuple[int, int]:
@@ -120,7 +129,7 @@ class CUDAStream(StagedQueue):
         with self.queueing():
             handle = self._unused.pop() if self._unused else self._driver.new_event()
             self._driver.record(handle, self._handle)
-        return CUDAEvent(self._driver, handle, self._unused)
+        return CUDAEvent(self._driver, self._device.index, handle, self._unused)
 
     def _launch(self, small: Small, piece: Piece, *, to_staging: bool) -> None:
         """The tables of a plan are made at its first use by this queue; addresses are kept for the next plan, too."""
@@ -144,4 +153,5 @@ class CUDAStream(StagedQueue):
             alignment,
             to_staging=to_staging,
             tile_words=self._device.tile_words,
+            programs=self._device.programs,
         )
