@@ -100,9 +100,9 @@ class Pair:
 
     def wants(self, digest: bytes, position: int, *, stored: bool) -> bool:
         """Whether to compare a chunk that has been stored just now, or was found."""
-        if self.closed or self.why or digest in self.tried:
+        if self.closed or self.why:
             return False
-        return stored or self.state == "checking" or position >= self.depth
+        return stored or (digest not in self.tried and (self.state == "checking" or position >= self.depth))
 
     def note(self, digest: bytes, position: int, errors: Mapping[str, float]) -> bool:
         """A chunk has been compared; whether they agree."""
@@ -141,7 +141,10 @@ class Sharing:
             self.pair(opened, other)
 
     def leave(self, opened: OpenSpace) -> None:
-        self._families.get(opened.namespace.id, {}).pop(opened.producer.id, None)
+        family = self._families.get(opened.namespace.id, {})
+        if family.get(opened.producer.id) is not opened:
+            return
+        del family[opened.producer.id]
         for key, pair in list(self._pairs.items()):
             if key[0] == opened.namespace.id and opened.producer.id in key and not pair.closed:
                 del self._pairs[key]
@@ -238,6 +241,7 @@ class OverlapCheck:
         tell: Callable[[OpenSpace, OpenSpace, bytes, int, Mapping[str, float]], None],
     ) -> None:
         self.worker = Worker("overlap")
+        self._ended = False
         self._copy = copy
         self._tell = tell
 
@@ -246,7 +250,15 @@ class OverlapCheck:
         if self.worker.waiting < _MOST_WAITING:
             self.worker.submit(lambda: self._compare(one, other, digest, position))
 
+    def end(self, deadline: float) -> None:
+        """Compare no more: the tiers are about to be closed."""
+        self._ended = True
+        self.worker.stop()
+        self.worker.join(deadline)
+
     def _compare(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
+        if self._ended:
+            return
         theirs = self._copy(other, digest)
         ours = self._copy(one, digest) if theirs is not None else None
         if ours is not None and theirs is not None:

@@ -253,11 +253,15 @@ class Store:
         return self._answer(request)
 
     def claim(self, rid: str, boundary: int, first: int, parts: int) -> Ticket | None:
-        request = self._core.requests.get(rid)
-        claimed = self._event(lambda: self._core.claim(rid, boundary, first, parts, time.monotonic()))
-        if claimed is None or request is None:
+
+        def claim() -> tuple[int, list[Entry], Request] | None:
+            claimed = self._core.claim(rid, boundary, first, parts, time.monotonic())
+            return (*claimed, self._core.requests[rid]) if claimed is not None else None
+
+        claimed = self._event(claim)
+        if claimed is None:
             return None
-        lease, entries = claimed
+        lease, entries, request = claimed
         self._touch_tiers(entries)
         foreign = request.foreign(first, boundary)
         inexact = request.chain.digests(boundary)[foreign[0].start :] if foreign else ()
@@ -350,7 +354,7 @@ class Store:
     def delete(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
         if self._closed:
             return 0
-        return self._event(lambda: self._core.delete(opened.space, digests))
+        return self._event(lambda: sum(self._core.delete(space, digests) for space in self._spaces_of(opened)))
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
@@ -364,7 +368,15 @@ class Store:
         """As much of :meth:`clear` as delays nobody else; to be repeated until the answer is 0."""
         if self._closed:
             return 0
-        return self._event(lambda: self._core.clear(opened.space, _CLEARED_AT_ONCE))
+
+        def clear() -> int:
+            removed = 0
+            for space in self._spaces_of(opened):
+                if removed < _CLEARED_AT_ONCE:
+                    removed += self._core.clear(space, _CLEARED_AT_ONCE - removed)
+            return removed
+
+        return self._event(clear)
 
     def stats(self) -> Stats:
         """Without waiting: what a tier says of itself is what it said last, after the last write if that was a second
@@ -426,12 +438,13 @@ class Store:
         """
         if not self._closed:
             self._end(time.monotonic() + timeout_s)
-        return not any(worker.alive for worker in self._workers())
+        return not any(worker.alive for worker in (self._overlap.worker, *self._workers()))
 
     def _workers(self) -> list[Worker]:
-        return [self._sealer, self._overlap.worker, *self._readers, *self._writers, *self._probers.values()]
+        return [self._sealer, *self._readers, *self._writers, *self._probers.values()]
 
     def _end(self, deadline: float) -> None:
+        self._overlap.end(deadline)
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -449,7 +462,9 @@ class Store:
             janitor.stop(deadline)
         for worker in self._workers():
             worker.join(deadline)
-        hung = any(worker.alive for worker in self._workers())  # in a call that may use the memory yet
+        hung = any(
+            worker.alive for worker in (self._overlap.worker, *self._workers())
+        )  # in a call that may use the memory yet
         for tier in self.tiers:
             try:
                 if isinstance(tier.backend, RegisterMemory) and not hung:
@@ -583,10 +598,6 @@ class Store:
         """Those without chunks or users. The lock is held."""
         for space in self._core.close_spaces(spaces):
             self._sharing.leave(self._spaces.pop(space))
-        self._remember()
-
-    def _remember(self) -> None:
-        """For the next life: all spaces, and who disagrees. The lock is held."""
         if self._journal is not None:
             pairs = [Disagree(name, pair) for name, pairs in self._sharing.closed.items() for pair in sorted(pairs)]
             self._journal.keep_spaces(
@@ -594,6 +605,12 @@ class Store:
             )
 
     # Sharing
+
+    def _spaces_of(self, opened: OpenSpace) -> list[Space]:
+        """All of a producer's: what is exact, and what was derived from others'. The lock is held."""
+        namespace, producer = opened.namespace.id, opened.producer.id
+        origins = (Origin(namespace, producer, fidelity) for fidelity in (EXACT, FOREIGN, f"{FOREIGN}.any"))
+        return [space for origin in origins if (space := self._core.spaces.get(origin)) is not None]
 
     def _sources(self, opened: OpenSpace, chain: Chain, share: Share) -> Sequence[Source]:
         """From where a lookup may take what its own space lacks. The lock is held."""
@@ -711,6 +728,8 @@ class Store:
         with self._lock:
             pair = self._sharing.pair(one, other)
             before = pair.state
+            if pair.closed or digest in pair.digests:
+                return
             agreed = pair.note(digest, position, errors)
             after = pair.state
         self.metrics.overlap_chunks.labels("agreed" if agreed else "disagreed").inc()
@@ -731,7 +750,9 @@ class Store:
         def close() -> None:
             self._sharing.close(one, other)
             self._core.withdraw({one.space, other.space})
-            self._remember()
+            if self._journal is not None:
+                for pair in self._sharing.closed[one.namespace.id]:
+                    self._journal.save_space(msgspec.json.encode(Disagree(one.namespace.id, pair)))
 
         self._event(close)
         self._meet(one)

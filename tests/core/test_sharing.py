@@ -220,12 +220,18 @@ def test_the_origin_of_every_record_is_right(world: World) -> None:
 # The overlap check
 
 
-def overlap(world: World, *caches: LocalCache, seed: int = 1, chunks: int = 9, change=lambda kv: kv) -> Chain:  # type: ignore[no-untyped-def]
+def overlap_of(*caches: Cache, seed: int = 1, chunks: int = 9, change=lambda kv: kv) -> Chain:  # type: ignore[no-untyped-def]
     """All store the same text; the last one with a change."""
     chain = text(seed, chunks)
     for cache in caches[:-1]:
         write(cache, chain)
     write(caches[-1], chain, change=change)
+    return chain
+
+
+def overlap(world: World, *caches: Cache, seed: int = 1, chunks: int = 9, change=lambda kv: kv) -> Chain:  # type: ignore[no-untyped-def]
+    """And all that is to be compared has been."""
+    chain = overlap_of(*caches, seed=seed, chunks=chunks, change=change)
     world.agree()
     return chain
 
@@ -450,6 +456,6 @@ def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
             assert read(two, other) == ([], "") and read(one, other) == (["one"] * 6, "exact")
             assert store.drain(10)
             store.close()
-            pool.close()
+            pool.close(keep=life == 0)
     finally:
         shutil.rmtree(folder)
