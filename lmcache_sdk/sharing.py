@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lmcache_sdk.api import PairStats
 from lmcache_sdk.core import Source
 from lmcache_sdk.jobs import OpenSpace
-from lmcache_sdk.keys import Chain
+from lmcache_sdk.keys import Chain, Origin
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.spec import KVSpec, Producer, Share
 from lmcache_sdk.workers import Worker
@@ -165,9 +165,15 @@ class Sharing:
             self._pairs[namespace.id, first.id, second.id] = pair
         return pair
 
-    def sources(self, opened: OpenSpace, chain: Chain, share: Share, derived: OpenSpace | None) -> list[Source]:
-        """Where chunks that an engine's own producer lacks may come from."""
-        found = [Source(derived.space, len(chain))] if derived is not None else []
+    def is_shared(self, origin: Origin) -> bool:
+        """Whether there is anybody to share with."""
+        return len(self._families.get(origin.namespace, ())) > 1
+
+    def sources(self, opened: OpenSpace, chain: Chain, share: Share) -> list[Source]:
+        """The others from whom chunks may come that an engine's own producer lacks."""
+        found: list[Source] = []
+        if share is Share.OWN or not self.is_shared(opened.space.origin):
+            return found
         for other in self.others(opened):
             reach = len(chain) if share is Share.ANY else self.pair(opened, other).reach(chain)
             if reach:

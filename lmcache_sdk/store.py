@@ -614,9 +614,9 @@ class Store:
 
     def _sources(self, opened: OpenSpace, chain: Chain, share: Share) -> Sequence[Source]:
         """From where a lookup may take what its own space lacks. The lock is held."""
-        if share is Share.OWN or not self._sharing.others(opened):
-            return ()
-        return self._sharing.sources(opened, chain, share, self._derived(opened, share))
+        others = self._sharing.sources(opened, chain, share)
+        derived = self._derived(opened, share) if others else None
+        return [Source(derived.space, len(chain)), *others] if derived is not None else others
 
     def _derived(self, opened: OpenSpace, share: Share) -> OpenSpace | None:
         """The space for what an engine computes behind chunks of others; None if it must not be read. The lock is held.
@@ -694,9 +694,12 @@ class Store:
         with self._lock:
             self._core.check_integrity()
 
-    def _compare(self, opened: OpenSpace, chunks: Sequence[tuple[bytes, int]], *, stored: bool) -> None:
+    def _compare(self, space: Space, chunks: Sequence[tuple[bytes, int]], *, stored: bool) -> None:
         """Begin to compare them with those of others, as far as that is wanted: they were stored, or were found."""
         with self._lock:
+            opened = self._spaces.get(space)
+            if opened is None or space.origin.fidelity != EXACT:
+                return
             wanted = self._sharing.wanted(opened, chunks, stored=stored)
         for other, digest, position in wanted:
             self._overlap.begin(opened, other, digest, position)
@@ -842,9 +845,9 @@ class Store:
             failed = True
             self._tier_error(job.tier, error)
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
-        if job.kind is JobKind.SEAL and (opened := self._spaces.get(job.entries[0].space)) is not None:
+        if job.kind is JobKind.SEAL:
             picked = [job.entries[at] for at in first_middle_last(len(job.entries))]
-            self._compare(opened, [(entry.digest, entry.first_position) for entry in picked], stored=True)
+            self._compare(picked[0].space, [(entry.digest, entry.first_position) for entry in picked], stored=True)
         if job.kind is JobKind.PUT:
             self._usage[job.tier].changed()
             self._busy.set()
@@ -970,8 +973,7 @@ class Store:
 
     def _found(self, request: Request) -> None:
         """What an engine finds of its own has been proof once, maybe of an earlier life."""
-        opened = self._spaces.get(request.space)
-        if opened is None or not request.others or request.rid.startswith(_OVERLAP):
+        if not request.limit or request.rid.startswith(_OVERLAP) or not self._sharing.is_shared(request.space.origin):
             return
         foreign = request.foreign(0, request.limit)
         own, chain = foreign[0].start if foreign else request.limit, request.chain
@@ -979,7 +981,7 @@ class Store:
         chunks = [
             (digests[at], at * chain.chunk_tokens if chain.positions_known else -1) for at in first_middle_last(own)
         ]
-        self._compare(opened, chunks, stored=False)
+        self._compare(request.space, chunks, stored=False)
 
     def _totals(self) -> dict[str, int]:
         with self._lock:

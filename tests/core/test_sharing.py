@@ -459,3 +459,16 @@ def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
             pool.close(keep=life == 0)
     finally:
         shutil.rmtree(folder)
+
+
+def test_what_was_derived_is_no_proof(world: World) -> None:
+    one, two, three, chain = world.engine(ONE), world.engine(TWO, Share.ANY), world.engine(THREE), text(1, 9)
+    write(one, chain, 0, 1)
+    read(two, chain)
+    write(two, chain)
+    write(three, chain)
+    world.agree()
+    pairs = {pair.producers: pair.compared for pair in world.store.stats().pairs}
+    assert {names for names, compared in pairs.items() if compared} == {
+        names for names in pairs if set(names) == {ONE.name, THREE.name}
+    }

@@ -83,7 +83,7 @@ def _with_other_weights(model: Model) -> Model:
     torch.manual_seed(SEED)
     with torch.no_grad():
         for weight in network.parameters():
-            weight += 0.2 * weight.float().std() * torch.randn(weight.shape)
+            weight += 0.1 * weight.float().std() * torch.randn(weight.shape)
     return dataclasses.replace(model, network=network)
 
 
@@ -167,8 +167,9 @@ def test_compared_what_is_wrong_is_not_used(model: Model, known: Known, tmp_path
         assert runner.drain()
         assert set(_settled(runner, len(WRONG)).values()) == {"closed"}
         assert _ask(runner, known).cached_tokens == 0
-    with Runner(model, _url(tmp_path), share="verified") as runner:  # it is remembered
+    with Runner(model, _url(tmp_path), share="verified") as runner:  # which is remembered
         assert _ask(runner, known).cached_tokens == 0
+        assert set(_settled(runner, len(WRONG)).values()) == {"closed"}
 
 
 def _settled(runner: Runner, pairs: int) -> dict[str, str]:
