@@ -109,8 +109,8 @@ class Ticket(_Extents, frozen=True):
         lease: number of the lease, unique within ``boot``.
         boot: id of the cache's life; a ticket of an earlier life is void.
         fidelity: the worst among the chunks: ``exact``, or ``foreign`` if some are another producer's.
-        inexact: digests of the chunks from the first one on that is not exact; what is computed behind them is not
-            exact, either.
+        inexact: digest of the first chunk that is not exact, if there is one; what is computed behind it is not exact,
+            either.
         cells: indices into ``KVSpec.cells``.
     """
 

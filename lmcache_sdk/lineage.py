@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from lmcache_sdk.api import Ticket
-from lmcache_sdk.keys import DIGEST_BYTES, Chain
+from lmcache_sdk.keys import Chain
 
-_MOST = 1 << 18  # chunks
+_MOST = 1 << 18  # digests
 
 
 class Lineage:
@@ -20,28 +18,20 @@ class Lineage:
         self._inexact: set[bytes] = set()
 
     def loaded(self, ticket: Ticket) -> None:
-        """The engine gets these chunks."""
-        if ticket.inexact:
-            digests = ticket.inexact
-            self._add(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES))
+        """The engine gets these chunks. All that lies behind the first one of them that is not exact has that one's
+        digest in its chain.
+        """
+        if ticket.inexact and len(self._inexact) < self._most:
+            self._inexact.add(ticket.inexact)
 
     def first_inexact(self, chain: Chain, end: int) -> int | None:
         """Which of the chunks before ``end``, which the engine stores, is the first that is not exact; None = all are.
 
         A chain whose positions are not known may go on behind any chunk.
         """
-        if not self._inexact:
+        inexact = self._inexact
+        if not inexact:
             return None
-        digests, first = chain.digests(end), 0
-        if chain.positions_known and len(self._inexact) < self._most:
-            inexact = self._inexact
-            found = next((number for number, digest in enumerate(digests) if digest in inexact), None)
-            if found is None:
-                return None
-            first = found
-        self._add(digests[first:])
-        return first
-
-    def _add(self, digests: Iterable[bytes]) -> None:
-        if len(self._inexact) < self._most:
-            self._inexact.update(digests)
+        if not chain.positions_known or len(inexact) >= self._most:
+            return 0
+        return next((number for number, digest in enumerate(chain.digests(end)) if digest in inexact), None)

@@ -264,7 +264,6 @@ class Store:
         lease, entries, request = claimed
         self._touch_tiers(entries)
         foreign = request.foreign(first, boundary)
-        inexact = request.chain.digests(boundary)[foreign[0].start :] if foreign else ()
         return Ticket(
             lease=lease,
             boot=self.boot,
@@ -274,7 +273,7 @@ class Store:
             boundary=boundary,
             parts=parts,
             fidelity=FOREIGN if foreign else EXACT,
-            inexact=b"".join(inexact),
+            inexact=request.chain.digests(boundary)[foreign[0].start] if foreign else b"",
         )
 
     def release(self, ticket: Ticket, part: int) -> None:

@@ -22,7 +22,7 @@ from lmcache_sdk.observe.events import Event
 from lmcache_sdk.spec import Namespace, Producer, Share
 
 PROTOCOL_VERSION = 2
-FRAME_LIMIT = 8 << 20  # of a reply: the places of 780,000 tokens in chunks of 64 and 40 cells
+FRAME_LIMIT = 8 << 20  # of a reply: the places of 840,000 tokens in chunks of 64 and 40 cells
 REQUEST_LIMIT = 1 << 20
 MOST_DIGESTS = (REQUEST_LIMIT - 4096) // DIGEST_BYTES  # in one request: 2 million tokens in chunks of 64
 LENGTH = struct.Struct("<I")
@@ -337,8 +337,8 @@ class ProtocolError(LMCacheSDKError):
 
 
 def most_chunks(cells: int) -> int:
-    """Chunks of so many cells whose places, and digests, fit in one reply."""
-    return max(0, FRAME_LIMIT - 4096 - _NUMBER_BYTES * cells) // (PLACE_BYTES * cells + DIGEST_BYTES + _NUMBER_BYTES)
+    """Chunks of so many cells whose places fit in one reply."""
+    return max(0, FRAME_LIMIT - 4096 - _NUMBER_BYTES * cells) // (PLACE_BYTES * cells + _NUMBER_BYTES)
 
 
 def encode(message: Message) -> bytes:

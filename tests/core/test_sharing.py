@@ -15,12 +15,13 @@ import pytest
 
 from lmcache_backends.memory import MemoryBackend
 from lmcache_sdk import ConfigError, open_cache
-from lmcache_sdk.api import Cache, PairStats
+from lmcache_sdk.api import Cache, PairStats, Ticket
 from lmcache_sdk.backend import open_backend
 from lmcache_sdk.keys import Chain, Origin
+from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.open import LocalCache
 from lmcache_sdk.pool.shared import SharedPool
-from lmcache_sdk.sharing import LEAVE_OUT, relative_errors
+from lmcache_sdk.sharing import LEAVE_OUT, Known, relative_errors
 from lmcache_sdk.spec import CellGrid, Group, GroupKind, KVSpec, Namespace, Producer, Share
 from lmcache_sdk.store import Store, Tier
 from tests.core.test_store import wait_until
@@ -472,3 +473,35 @@ def test_what_was_derived_is_no_proof(world: World) -> None:
     assert {names for names, compared in pairs.items() if compared} == {
         names for names in pairs if set(names) == {ONE.name, THREE.name}
     }
+
+
+def test_one_closed_pair_is_the_end_of_what_was_derived(world: World) -> None:
+    """Nobody can tell which of the others it came from."""
+    one, two, three = world.engine(ONE), world.engine(TWO), world.engine(THREE)
+    overlap(world, one, two)
+    chain = text(3, 8)
+    write(one, chain, 0, 4)
+    read(two, chain)
+    assert write(two, chain) == 4
+    assert read(two, chain) == (["one"] * 4 + ["two"] * 4, "foreign")
+    overlap(world, two, three, seed=4, change=shifted)
+    assert read(two, chain) == (["one"] * 4, "foreign"), "the pair that agrees goes on"
+    assert not write(two, chain), "nobody would read it"
+
+
+def test_who_is_closed_elsewhere_is_closed_here(world: World) -> None:
+    first, second = sorted((ONE.id, TWO.id))
+    world.store._sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
+    overlap(world, world.engine(ONE), world.engine(TWO))
+    assert (only(world).state, only(world).compared) == ("closed", 0)
+
+
+def test_beyond_its_bound_a_lineage_calls_nothing_exact() -> None:
+    lineage, chains = Lineage(2), [text(seed, 3) for seed in range(3)]
+    tickets = [Ticket(1, "b", (0,), b"", 0, 3, inexact=chain.digests()[1]) for chain in chains]
+    assert lineage.first_inexact(chains[0], 3) is None
+    lineage.loaded(tickets[0])
+    assert [lineage.first_inexact(chain, 3) for chain in chains] == [1, None, None]
+    assert lineage.first_inexact(chains[0], 1) is None
+    lineage.loaded(tickets[1])
+    assert [lineage.first_inexact(chain, 3) for chain in chains] == [0, 0, 0]
