@@ -133,24 +133,29 @@ class Sharing:
 
     def join(self, opened: OpenSpace) -> None:
         """Native forms are no one's but an engine's own."""
-        family = self._families.setdefault(opened.namespace.id, {})
-        if opened.namespace.form != "canonical" or len(family) >= _MOST_PRODUCERS:
+        if opened.namespace.form != "canonical":
             return
-        family[opened.producer.id] = opened
-        for other in self.others(opened):
-            self.pair(opened, other)
+        family = self._families.setdefault(opened.namespace.id, {})
+        if len(family) < _MOST_PRODUCERS:
+            family[opened.producer.id] = opened
+            for other in self.others(opened):
+                self.pair(opened, other)
 
     def leave(self, opened: OpenSpace) -> None:
         family = self._families.get(opened.namespace.id, {})
         if family.get(opened.producer.id) is not opened:
             return
         del family[opened.producer.id]
+        if not family:
+            del self._families[opened.namespace.id]
         for key, pair in list(self._pairs.items()):
             if key[0] == opened.namespace.id and opened.producer.id in key and not pair.closed:
                 del self._pairs[key]
 
     def others(self, opened: OpenSpace) -> list[OpenSpace]:
         family = self._families.get(opened.namespace.id, {})
+        if opened.producer.id not in family:
+            return []
         return [other for other in family.values() if other.producer != opened.producer]
 
     def pair(self, one: OpenSpace, other: OpenSpace) -> Pair:
@@ -212,7 +217,8 @@ class Sharing:
 
     def learn(self, namespace: str, known: Known) -> None:
         """What is closed elsewhere is closed here."""
-        self.closed.setdefault(namespace, set()).update(known.closed)
+        if known.closed:
+            self.closed.setdefault(namespace, set()).update(known.closed)
         for first, second in known.closed:
             pair = self._pairs.get((namespace, first, second))
             if pair is not None:

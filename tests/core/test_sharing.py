@@ -505,3 +505,21 @@ def test_beyond_its_bound_a_lineage_calls_nothing_exact() -> None:
     assert lineage.first_inexact(chains[0], 1) is None
     lineage.loaded(tickets[1])
     assert [lineage.first_inexact(chain, 3) for chain in chains] == [0, 0, 0]
+
+
+def test_chunks_that_lie_scattered_are_not_looked_for_without_end() -> None:
+    """An instant tier is asked within the lookup, each time from within the answer to the last question."""
+    tier, chain = MemoryBackend(), text(1, 200)
+    with closing(Store([Tier("memory", tier)], pool_bytes=4 << 20)) as store:
+        one, two = LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
+        for at in range(0, 200, 2):
+            write(one, chain, at, at + 1)
+            write(two, chain, at + 1, at + 2)
+        assert store.drain(10)
+        tier.close = lambda timeout_s: None  # type: ignore[method-assign]
+    with closing(Store([Tier("memory", tier)], pool_bytes=4 << 20)) as store:
+        two = LocalCache(store, NAMESPACE, TWO, share=Share.ANY)
+        assert store.drain(10)
+        whose, fidelity = read(two, chain)
+        assert whose == ["one", "two"] * (len(whose) // 2) and 16 <= len(whose) < 200 and fidelity == "foreign"
+        store.check_integrity()
