@@ -53,6 +53,7 @@ def engine(name: str, model: Path, url: str, share: str) -> EngineHarness:
             extra=extra,
             variables=variables,
             dtype="bfloat16",
+            sleep_on_idle=True,  # the others have work to do meanwhile
         )
     harness.command[0] = python
     return harness
