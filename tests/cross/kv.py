@@ -51,15 +51,10 @@ def write(cache: Cache, chain: Chain, kv: KV) -> None:
 
 
 def errors(kv: KV, own: KV) -> tuple[float, float]:
-    """The largest relative errors of K and of V: ``|kv - own| / |own|``, of one layer of one chunk."""
-    distance, size = (_norm(some) for some in (kv - own, own))
-    worst = (distance / size).max(axis=(0, 1))
+    """The relative errors of K and of V, ``|kv - own| / |own|``, in the layer that is worst."""
+    distance, size = (np.square(some, dtype=np.float64).sum(axis=(0, 3, 4, 5)) for some in (kv - own, own))
+    worst = np.sqrt(distance / size).max(axis=0)
     return float(worst[0]), float(worst[1])
-
-
-def _norm(kv: KV) -> npt.NDArray[np.float64]:
-    """[chunk, layer, K or V]."""
-    return np.sqrt(np.square(kv, dtype=np.float64).sum(axis=(3, 4, 5)))
 
 
 def wrong_conventions(kv: KV) -> dict[str, KV]:
