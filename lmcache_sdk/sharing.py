@@ -25,7 +25,9 @@ from lmcache_sdk.workers import Worker
 
 _log = logger("sharing")
 
-BOUNDS = {"k": 0.02, "v": 0.04, "latent": 0.04}  # of the relative error of each layer
+# Of the relative error of each layer, in one chunk. Seen between engines in bfloat16 (SmolLM2, 30 layers, 64 tokens): K up
+# to 0.0149, V up to 0.0332, and from 0.14 and 0.31 on with weights that are slightly different.
+BOUNDS = {"k": 0.03, "v": 0.06, "latent": 0.06}
 LEAVE_OUT = 64  # of the prefixes that an engine could have from others, one in so many it computes for the comparison
 _ENOUGH = 3  # chunks that agree
 _REMEMBERED = 64  # positions and digests of a pair
