@@ -132,7 +132,6 @@ class Store:
         self.tiers = list(tiers)
         self._tier_names = [tier.name for tier in tiers]
         self._sharing = Sharing()
-        self._overlap = OverlapCheck(self._copy_of, self._compared)
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
         self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("pool", *self._tier_names, "none")}
         self._journal = self.pool.journal
@@ -156,6 +155,7 @@ class Store:
         self._stop = threading.Event()
         self._busy = threading.Event()
         self._sealer = Worker("seal")
+        self._overlap = OverlapCheck(self._copy_of, self._compared)
         self._readers = [Worker(f"{tier.name}-read", limits.readers) for tier in tiers]
         self._writers = [Worker(f"{tier.name}-write") for tier in tiers]
         # Not the readers: whether a chunk is there is known long before the loads that wait in line.
