@@ -143,6 +143,17 @@ def sglang(session: nox.Session) -> None:
 
 
 @nox.session
+def cross(session: nox.Session) -> None:
+    """All engines on one store, each using what the others have computed with a small real model."""
+    pythons = {
+        f"LMCACHE_SDK_TEST_PYTHON_{name.upper()}": environments.program(environments.install(name), "python")
+        for name in ("vllm", "sglang")
+    }
+    variables = {**TEST_VARIABLES, "LMCACHE_SDK_TEST_MODEL": model_directory(session), **pythons}
+    run(session, "hf", *PYTEST, "tests/cross", *session.posargs, **variables, VLLM_NO_USAGE_STATS="1")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Three questions on a long document: without a cache, with a store, and in a new process."""
     command = ("lmcache-sdk", "demo", "--model", model_directory(session), "--json", "demo.json")

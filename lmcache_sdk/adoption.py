@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
 from lmcache_sdk.core import Core, Space
 from lmcache_sdk.core.extents import Note
 from lmcache_sdk.errors import RecordError
-from lmcache_sdk.keys import Origin
+from lmcache_sdk.keys import EXACT, Origin
 from lmcache_sdk.pool import Pool, extent_bytes
 from lmcache_sdk.records import HEADER_BYTES, read_header
 from lmcache_sdk.spec import Namespace, Producer
@@ -20,11 +21,22 @@ if TYPE_CHECKING:
     from lmcache_sdk.pool.journal import Journal, Recovered
 
 
+_T = TypeVar("_T")
+
+
 class Described(msgspec.Struct, frozen=True, array_like=True):
     """A space, as the journal keeps it: without it nobody knows the cells of its chunks."""
 
     namespace: Namespace
     producer: Producer
+    fidelity: str = EXACT
+
+
+class Disagree(msgspec.Struct, frozen=True, array_like=True):
+    """Two producers of a namespace, by their ids, that must not read each other's chunks."""
+
+    namespace: str
+    producers: tuple[str, str]
 
 
 class Room(NamedTuple):
@@ -34,14 +46,12 @@ class Room(NamedTuple):
     cells: Mapping[tuple[str, str], tuple[int, int]]
 
 
-def described(blobs: Iterable[bytes]) -> list[Described]:
-    """The spaces of an earlier life; what cannot be read is left out, and its chunks with it."""
+def remembered(blobs: Iterable[bytes], kind: type[_T]) -> list[_T]:
+    """What an earlier life has written down of this kind; what cannot be read is left out, and its chunks with it."""
     found = []
     for blob in blobs:
-        try:
-            found.append(msgspec.json.decode(blob, type=Described))
-        except msgspec.MsgspecError:
-            continue
+        with suppress(msgspec.MsgspecError):
+            found.append(msgspec.json.decode(blob, type=kind))
     return found
 
 

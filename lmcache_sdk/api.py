@@ -32,6 +32,7 @@ __all__ = [
     "Chain",
     "Lookup",
     "LookupState",
+    "PairStats",
     "Part",
     "PoolStats",
     "Reservation",
@@ -107,7 +108,9 @@ class Ticket(_Extents, frozen=True):
     Attributes:
         lease: number of the lease, unique within ``boot``.
         boot: id of the cache's life; a ticket of an earlier life is void.
-        fidelity: the worst among the chunks.
+        fidelity: the worst among the chunks: ``exact``, or ``foreign`` if some are another producer's.
+        inexact: digest of the first chunk that is not exact, if there is one; what is computed behind it is not exact,
+            either.
         cells: indices into ``KVSpec.cells``.
     """
 
@@ -115,6 +118,7 @@ class Ticket(_Extents, frozen=True):
     boundary: int
     parts: int = 1
     fidelity: str = "exact"
+    inexact: bytes = b""
 
 
 class Reservation(_Extents, frozen=True):
@@ -151,6 +155,27 @@ class TierStats(msgspec.Struct, frozen=True):
     unwritten_bytes: int = 0
 
 
+class PairStats(msgspec.Struct, frozen=True):
+    """Two producers of a namespace whose chunks have been, or could be, compared.
+
+    Attributes:
+        state: ``checking``; ``open``: each is served the other's chunks; ``closed``: they disagreed, and are not.
+        compared, failed: chunks.
+        depth: up to which position of a request chunks are served, in tokens.
+        worst: by role (``k``, ``v``, ``latent``), the largest relative error of a layer so far.
+        why: they cannot be compared.
+    """
+
+    namespace: str
+    producers: tuple[str, str]
+    state: str
+    compared: int = 0
+    failed: int = 0
+    depth: int = 0
+    worst: dict[str, float] = {}
+    why: str = ""
+
+
 class Stats(msgspec.Struct, frozen=True):
     """``counters`` are totals since start, named as the Prometheus metrics are."""
 
@@ -159,6 +184,7 @@ class Stats(msgspec.Struct, frozen=True):
     leases: int
     tiers: tuple[TierStats, ...]
     counters: dict[str, float]
+    pairs: tuple[PairStats, ...] = ()
 
 
 class Cache(Protocol):

@@ -133,6 +133,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pool_bytes: host memory for chunks: a daemon's, or this process's where it has a pool of its own.
         chunk_tokens: tokens in a chunk; all who share a store must agree on it.
         layers_per_cell, heads_per_cell: the cell grid, 0 = do not cut.
+        share: whose KV an engine uses beside its own: ``verified`` = of producers that agree with it, by comparison;
+            ``any`` = of all; ``own`` = of nobody.
         wait_s: how long a request waits for chunks that only a tier has, before it computes them itself.
         log_level: of the ``lmcache_sdk`` loggers.
         log_format: ``text`` for people, ``json`` for programs.
@@ -157,6 +159,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_tokens: int = 64
     layers_per_cell: int = 0
     heads_per_cell: int = 0
+    share: str = "verified"
     wait_s: float = 10.0
     log_level: str = "INFO"
     log_format: str = "text"
@@ -257,6 +260,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "chunk_tokens": lambda value: "" if value >= 1 else "must be at least 1",
     "layers_per_cell": _not_negative,
     "heads_per_cell": _not_negative,
+    "share": _one_of("verified", "any", "own"),
     "wait_s": _not_negative,
     "log_level": lambda value: _one_of(*logging.getLevelNamesMapping())(value.upper()),
     "log_format": _one_of("text", "json"),

@@ -58,11 +58,21 @@ class Tier(NamedTuple):
     pack_bytes: int = 0
 
 
+def manifests(namespace: Namespace, producer: Producer, known: msgspec.Struct | None = None) -> list[Item]:
+    """Descriptions of both, for people; and what stores tell each other of the namespace, in the first."""
+    both = msgspec.to_builtins(namespace) | (msgspec.to_builtins(known) if known is not None else {})
+    return [
+        Item(manifest_key(namespace.id), memoryview(msgspec.json.encode(both))),
+        Item(manifest_key(f"{namespace.id}/{producer.id}"), memoryview(msgspec.json.encode(producer))),
+    ]
+
+
 class OpenSpace:
     """A namespace and producer that a store serves: the core's space, and how its records are named.
 
     Attributes:
         manifests: descriptions for people, written beside the records.
+        meet_at: when to look for other producers again.
     """
 
     def __init__(self, space: Space, namespace: Namespace, producer: Producer) -> None:
@@ -70,10 +80,8 @@ class OpenSpace:
         self.namespace = namespace
         self.producer = producer
         self.spec = namespace.spec
-        self.manifests = [
-            Item(manifest_key(namespace.id), memoryview(msgspec.json.encode(namespace))),
-            Item(manifest_key(f"{namespace.id}/{producer.id}"), memoryview(msgspec.json.encode(producer))),
-        ]
+        self.meet_at = 0.0
+        self.manifests = manifests(namespace, producer)
         self.payload_bytes = tuple(cell.nbytes for cell in self.spec.cells)
         self._prefix = space.origin.prefix()
         self._suffixes = [f"/{cell.group}/{cell.name}" for cell in self.spec.cells]

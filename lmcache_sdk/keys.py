@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lmcache_sdk.errors import ConfigError
 
 DIGEST_BYTES = 32
+EXACT, FOREIGN = "exact", "foreign"
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -197,12 +198,13 @@ class Origin(msgspec.Struct, frozen=True):
     Attributes:
         namespace: 32 hex digits, the digest of a :class:`~lmcache_sdk.spec.Namespace`.
         producer: 16 hex digits, the digest of a :class:`~lmcache_sdk.spec.Producer`.
-        fidelity: ``exact``, ``foreign``, ``lossy.<codec>`` or ``blended``.
+        fidelity: ``exact``; ``foreign`` (computed behind chunks of other producers; ``foreign.any``: of unverified
+            ones), ``lossy.<codec>`` or ``blended``.
     """
 
     namespace: str
     producer: str
-    fidelity: str = "exact"
+    fidelity: str = EXACT
 
     def prefix(self) -> str:
         return f"{self.namespace}/{self.producer}/{self.fidelity}/"

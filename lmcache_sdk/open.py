@@ -9,7 +9,8 @@ from lmcache_sdk.api import Bytes, Chain, Lookup, Part, Reservation, Stats, Tick
 from lmcache_sdk.backend import Url
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.errors import ConfigError
-from lmcache_sdk.spec import WHOLE, Namespace, Producer
+from lmcache_sdk.lineage import Lineage
+from lmcache_sdk.spec import WHOLE, Namespace, Producer, Share
 from lmcache_sdk.store import Limits, Store
 from lmcache_sdk.tiers import open_tiers
 
@@ -23,8 +24,10 @@ class LocalCache:
         store: closed with this cache.
     """
 
-    def __init__(self, store: Store, namespace: Namespace, producer: Producer) -> None:
+    def __init__(self, store: Store, namespace: Namespace, producer: Producer, *, share: str = Share.VERIFIED) -> None:
         self.store = store
+        self._share = Share.of(share)
+        self._lineage = Lineage()
         self._opened = store.open_space(namespace, producer)
 
     @property
@@ -37,7 +40,7 @@ class LocalCache:
 
     def lookup(self, rid: str, chain: Chain, *, over: Part = WHOLE, prefetch: bool = True) -> Lookup:
         del over  # a chunk is ready only when all its cells are, whatever the asker holds
-        return self.store.lookup(self._opened, rid, chain, prefetch=prefetch)
+        return self.store.lookup(self._opened, rid, chain, share=self._share, prefetch=prefetch)
 
     def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
         return self.store.wait(rid, timeout_s, settle=settle)
@@ -46,6 +49,7 @@ class LocalCache:
         return self.store.claim(rid, boundary, first, parts)
 
     def take(self, ticket: Ticket, part: int = 0) -> bool:
+        self._lineage.loaded(ticket)
         return ticket.boot == self.store.boot and 0 <= part < ticket.parts
 
     def release(self, ticket: Ticket, part: int = 0) -> None:
@@ -55,7 +59,7 @@ class LocalCache:
         self.store.forget(rid)
 
     def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
-        del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
+        del rid  # what a request has loaded its engine may have given to another one: the chain tells
         if chain.chunk_tokens != self._opened.spec.chunk_tokens or first < 0 or count < 1:
             return None
         digests = chain.digests(first + count)
@@ -67,6 +71,8 @@ class LocalCache:
             parent=digests[first - 1] if 0 < first <= len(digests) else None,
             tenant=chain.tenant,
             positions_known=chain.positions_known,
+            inexact=self._lineage.first_inexact(chain, first + count),
+            share=self._share,
         )
 
     def publish(self, reservation: Reservation, chunks: Sequence[int] | None = None) -> None:
@@ -105,6 +111,7 @@ def open_cache(
     pool_bytes: int = 1 << 30,
     limits: Limits | None = None,
     shared: bool = False,
+    share: str = Share.VERIFIED,
 ) -> LocalCache | DaemonCache:
     """The cache that a URL names: a daemon (``unix:///path/of/socket``), or a store with a pool in this process.
 
@@ -114,6 +121,7 @@ def open_cache(
         pool_bytes, limits: of a pool in this process.
         shared: other processes than this one will copy, too (workers of an engine). A store then gets a daemon of its
             own, which has a pool of ``pool_bytes`` and ends with the cache, or with this process.
+        share: whose chunks are loaded beside the producer's own, see :class:`~lmcache_sdk.spec.Share`.
 
     Raises:
         ConfigError: unknown scheme, bad parameter, a pool too small for one chunk.
@@ -123,20 +131,21 @@ def open_cache(
     if not urls:
         raise ConfigError("no cache URL was given; expected something like lmdb:///var/lib/kv?size=50GiB")
     namespace.spec.validate()
+    Share.of(share)
     daemons = [text for text in urls if text.startswith(f"{DAEMON_SCHEME}://")]
     if daemons:
         if len(urls) > 1:
             raise ConfigError(f"{daemons[0]!r} is a daemon, which has tiers of its own; give it alone")
-        return DaemonCache(_socket_path(daemons[0]), namespace, producer)
+        return DaemonCache(_socket_path(daemons[0]), namespace, producer, share=share)
     if shared:
         from lmcache_sdk.daemon.private import PrivateCache, start_private
 
-        return PrivateCache(start_private(urls, pool_bytes), namespace, producer)
+        return PrivateCache(start_private(urls, pool_bytes), namespace, producer, share=share)
     tiers = open_tiers(urls)
     try:
         store = Store(tiers, pool_bytes=pool_bytes, limits=limits)
         try:
-            return LocalCache(store, namespace, producer)
+            return LocalCache(store, namespace, producer, share=share)
         except BaseException:
             store.close(1.0)  # its threads, too
             raise

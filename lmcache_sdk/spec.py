@@ -274,6 +274,24 @@ class Producer(msgspec.Struct, frozen=True, dict=True):
         return hashlib.sha256(text).hexdigest()[:16]
 
 
+class Share(StrEnum):
+    """Whose chunks an engine loads beside its own producer's: those of producers whose KV was compared with its own and
+    agreed; those of all producers of the namespace; nobody's.
+    """
+
+    VERIFIED = "verified"
+    ANY = "any"
+    OWN = "own"
+
+    @classmethod
+    def of(cls, text: str) -> Share:
+        """Raises ConfigError for another word."""
+        try:
+            return cls(text)
+        except ValueError:
+            raise ConfigError(f"share is {text!r}; it is one of: {', '.join(cls)}") from None
+
+
 # What an HF config says about layers that are not full attention, by key. A model that has one of these is refused
 # unless a test shows that it works.
 _HYBRID_KEYS = {

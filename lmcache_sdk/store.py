@@ -10,20 +10,23 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from lmcache_sdk.adoption import Described, adopt, described, end_earlier_life, room_of, write_journal
+from lmcache_sdk.adoption import Described, Disagree, adopt, end_earlier_life, remembered, room_of, write_journal
 from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
-from lmcache_sdk.backend import Backend, RegisterMemory, Scan, Touch
+from lmcache_sdk.backend import Backend, Miss, RegisterMemory, Scan, Touch
 from lmcache_sdk.config import Tenant
 from lmcache_sdk.core import (
     Action,
     Core,
     DeleteRecords,
+    Derived,
     Entry,
     Job,
     JobKind,
@@ -32,7 +35,9 @@ from lmcache_sdk.core import (
     Removed,
     Request,
     RequestState,
+    Reserved,
     Resolved,
+    Source,
     Space,
     StartJob,
     Stored,
@@ -41,8 +46,8 @@ from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, UnsupportedError
 from lmcache_sdk.eviction import QUEUES, Fair, Policy
 from lmcache_sdk.janitor import Janitor
-from lmcache_sdk.jobs import Jobs, OpenSpace, Tier
-from lmcache_sdk.keys import Chain, Origin
+from lmcache_sdk.jobs import Jobs, OpenSpace, Tier, manifests
+from lmcache_sdk.keys import EXACT, FOREIGN, Chain, Origin
 from lmcache_sdk.observe.events import EventLog
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
@@ -50,7 +55,8 @@ from lmcache_sdk.pool import Pool, PrivatePool, extent_bytes, segment_sizes
 from lmcache_sdk.records import (
     HEADER_BYTES,
 )
-from lmcache_sdk.spec import Namespace, Producer
+from lmcache_sdk.sharing import LEAVE_OUT, Known, OverlapCheck, Sharing, first_middle_last
+from lmcache_sdk.spec import Namespace, Producer, Share
 from lmcache_sdk.workers import KnownUsage, Worker
 
 if TYPE_CHECKING:
@@ -60,6 +66,10 @@ _log = logger("store")
 _T = TypeVar("_T")
 
 _TICK_S = 0.1
+_OVERLAP = "\0overlap/"  # begins the ids of the store's own requests
+_COPY_S = 5.0  # for a tier to bring a chunk that is to be compared
+_MANIFEST_BYTES = 1 << 18
+_MEET_S = 30.0  # between two looks at who else stores in a namespace, while it is asked for
 _CLEARED_AT_ONCE = 128
 _TOUCHES = 64  # that wait for one tier; beyond it uses are not counted
 _PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is told at start
@@ -121,6 +131,7 @@ class Store:
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
         self._tier_names = [tier.name for tier in tiers]
+        self._sharing = Sharing()
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
         self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("pool", *self._tier_names, "none")}
         self._journal = self.pool.journal
@@ -144,6 +155,7 @@ class Store:
         self._stop = threading.Event()
         self._busy = threading.Event()
         self._sealer = Worker("seal")
+        self._overlap = OverlapCheck(self._copy_of, self._compared)
         self._readers = [Worker(f"{tier.name}-read", limits.readers) for tier in tiers]
         self._writers = [Worker(f"{tier.name}-write") for tier in tiers]
         # Not the readers: whether a chunk is there is known long before the loads that wait in line.
@@ -185,13 +197,22 @@ class Store:
         Raises:
             ConfigError: one chunk does not fit the pool.
         """
-        opened = self._open(namespace, producer)
-        if self._journal is not None:
-            with self._lock:
-                self._journal.save_space(msgspec.json.encode(Described(namespace, producer)))
+        with self._lock:
+            opened = self._open(namespace, producer)
+        if time.monotonic() >= opened.meet_at:
+            self._meet(opened)
         return opened
 
-    def lookup(self, opened: OpenSpace, rid: str, chain: Chain, *, prefetch: bool = True, total: int = 0) -> Lookup:
+    def lookup(
+        self,
+        opened: OpenSpace,
+        rid: str,
+        chain: Chain,
+        *,
+        share: Share = Share.OWN,
+        prefetch: bool = True,
+        total: int = 0,
+    ) -> Lookup:
         """See :meth:`Core.lookup` for ``total``."""
         if chain.chunk_tokens != opened.spec.chunk_tokens:
             return Lookup(
@@ -199,10 +220,23 @@ class Store:
             )
         if self._closed:
             return Lookup(LookupState.MISS, why="closed")
-        request = self._event(
-            lambda: self._core.lookup(opened.space, rid, chain, time.monotonic(), prefetch=prefetch, total=total)
-        )
-        return self._answer(request)
+        now = time.monotonic()
+        if share is not Share.OWN and self.tiers and now >= opened.meet_at:
+            self._meet(opened)
+
+        def lookup() -> Request:
+            return self._core.lookup(
+                opened.space,
+                rid,
+                chain,
+                now,
+                prefetch=prefetch,
+                total=total,
+                others=self._sources(opened, chain, share),
+                leave_out=LEAVE_OUT if share is Share.VERIFIED else 0,
+            )
+
+        return self._answer(self._event(lookup))
 
     def wait(self, rid: str, timeout_s: float, *, settle: bool = True) -> Lookup:
         deadline = time.monotonic() + timeout_s
@@ -219,12 +253,17 @@ class Store:
         return self._answer(request)
 
     def claim(self, rid: str, boundary: int, first: int, parts: int) -> Ticket | None:
-        claimed = self._event(lambda: self._core.claim(rid, boundary, first, parts, time.monotonic()))
+
+        def claim() -> tuple[int, list[Entry], Request] | None:
+            claimed = self._core.claim(rid, boundary, first, parts, time.monotonic())
+            return (*claimed, self._core.requests[rid]) if claimed is not None else None
+
+        claimed = self._event(claim)
         if claimed is None:
             return None
-        lease, entries = claimed
+        lease, entries, request = claimed
         self._touch_tiers(entries)
-        origin = entries[0].space.origin
+        foreign = request.foreign(first, boundary)
         return Ticket(
             lease=lease,
             boot=self.boot,
@@ -233,7 +272,8 @@ class Store:
             first=first,
             boundary=boundary,
             parts=parts,
-            fidelity=origin.fidelity,
+            fidelity=FOREIGN if foreign else EXACT,
+            inexact=request.chain.digests(boundary)[foreign[0].start] if foreign else b"",
         )
 
     def release(self, ticket: Ticket, part: int) -> None:
@@ -254,22 +294,35 @@ class Store:
         parent: bytes | None,
         tenant: str,
         positions_known: bool,
+        inexact: int | None = None,
+        share: Share = Share.OWN,
     ) -> Reservation | None:
+        """See :class:`~lmcache_sdk.daemon.protocol.Reserve` for ``inexact``."""
         if self._closed:
             return None
-        chunk_tokens = opened.spec.chunk_tokens if positions_known else 0
-        answer = self._event(
-            lambda: self._core.reserve(
+
+        def reserve() -> tuple[int, Reserved] | None:
+            derived, wanted = None, digests
+            if inexact is not None:
+                room = self._derived(opened, share)
+                if room is None:  # nobody would read it
+                    wanted = digests[: max(0, inexact - first)]
+                else:
+                    others = (opened, *self._sharing.others(opened))
+                    derived = Derived(inexact, room.space, [other.space for other in others])
+            return self._core.reserve(
                 opened.space,
-                digests,
+                wanted,
                 first,
                 cells,
                 time.monotonic(),
                 parent=parent,
                 tenant=tenant,
-                chunk_tokens=chunk_tokens,
+                chunk_tokens=opened.spec.chunk_tokens if positions_known else 0,
+                derived=derived,
             )
-        )
+
+        answer = self._event(reserve)
         if answer is None:
             return None
         lease, reserved = answer
@@ -300,7 +353,7 @@ class Store:
     def delete(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
         if self._closed:
             return 0
-        return self._event(lambda: self._core.delete(opened.space, digests))
+        return self._event(lambda: sum(self._core.delete(space, digests) for space in self._spaces_of(opened)))
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
@@ -314,7 +367,15 @@ class Store:
         """As much of :meth:`clear` as delays nobody else; to be repeated until the answer is 0."""
         if self._closed:
             return 0
-        return self._event(lambda: self._core.clear(opened.space, _CLEARED_AT_ONCE))
+
+        def clear() -> int:
+            removed = 0
+            for space in self._spaces_of(opened):
+                if removed < _CLEARED_AT_ONCE:
+                    removed += self._core.clear(space, _CLEARED_AT_ONCE - removed)
+            return removed
+
+        return self._event(clear)
 
     def stats(self) -> Stats:
         """Without waiting: what a tier says of itself is what it said last, after the last write if that was a second
@@ -351,7 +412,11 @@ class Store:
             metrics.tier_breaker_open.labels(tier.name).set(breaker == "open")
             metrics.tier_unwritten_bytes.labels(tier.name).set(unwritten_bytes)
         self._busy.set()
-        return Stats(pool, chunks, leases, tuple(tiers), metrics.values())
+        with self._lock:
+            pairs = self._sharing.stats()
+        for state in ("checking", "open", "closed"):
+            metrics.pairs.labels(state).set(sum(pair.state == state for pair in pairs))
+        return Stats(pool, chunks, leases, tuple(tiers), metrics.values(), pairs)
 
     def drain(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -372,12 +437,13 @@ class Store:
         """
         if not self._closed:
             self._end(time.monotonic() + timeout_s)
-        return not any(worker.alive for worker in self._workers())
+        return not any(worker.alive for worker in (self._overlap.worker, *self._workers()))
 
     def _workers(self) -> list[Worker]:
         return [self._sealer, *self._readers, *self._writers, *self._probers.values()]
 
     def _end(self, deadline: float) -> None:
+        self._overlap.end(deadline)
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -395,7 +461,9 @@ class Store:
             janitor.stop(deadline)
         for worker in self._workers():
             worker.join(deadline)
-        hung = any(worker.alive for worker in self._workers())  # in a call that may use the memory yet
+        hung = any(
+            worker.alive for worker in (self._overlap.worker, *self._workers())
+        )  # in a call that may use the memory yet
         for tier in self.tiers:
             try:
                 if isinstance(tier.backend, RegisterMemory) and not hung:
@@ -460,11 +528,7 @@ class Store:
     def close_spaces(self, but: Container[OpenSpace]) -> None:
         """Forget all that have no chunks in the pool but these, whose users are about."""
         with self._lock:
-            for space in self._core.close_spaces([s for s, opened in self._spaces.items() if opened not in but]):
-                del self._spaces[space]
-            if self._journal is not None:
-                left = [Described(opened.namespace, opened.producer) for opened in self._spaces.values()]
-                self._journal.keep_spaces([msgspec.json.encode(space) for space in left])
+            self._close_spaces([space for space, opened in self._spaces.items() if opened not in but])
 
     def describe_spaces(self) -> list[dict[str, str | int]]:
         """What is open, for people."""
@@ -474,6 +538,7 @@ class Store:
                     "namespace": opened.namespace.id,
                     "model": opened.namespace.label,
                     "producer": opened.producer.name,
+                    "fidelity": opened.space.origin.fidelity,
                     "chunks": len(opened.space.entries),
                     "chunk_bytes": opened.space.chunk_bytes,
                 }
@@ -501,8 +566,8 @@ class Store:
             self._recovered = []
             self._event(lambda: end_earlier_life(self._core, journal, recovered))
 
-    def _open(self, namespace: Namespace, producer: Producer) -> OpenSpace:
-        """``open_space`` without a word in the journal."""
+    def _open(self, namespace: Namespace, producer: Producer, fidelity: str = EXACT) -> OpenSpace:
+        """``open_space`` without a word to anybody. The lock is held."""
         spec = namespace.spec
         spec.validate()
         sizes = [extent_bytes(cell.nbytes) for cell in spec.cells]
@@ -511,37 +576,100 @@ class Store:
                 f"one chunk has {sum(sizes)} bytes, the pool {sum(self.pool.sizes)}; "
                 f"raise pool_bytes or lower chunk_tokens ({spec.chunk_tokens})"
             )
-        with self._lock:
-            space = self._core.open_space(Origin(namespace.id, producer.id), sizes, spec.chunk_tokens)
-            opened = self._spaces.get(space)
-            if opened is None:
-                opened = self._spaces[space] = OpenSpace(space, namespace, producer)
-                space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
-                room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
-                if room < _PROMPT_TOKENS:
-                    _log.warning(
-                        "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
-                        room, namespace.label or namespace.id, _PROMPT_TOKENS,
-                    )  # fmt: skip
-        self._write_manifests(opened)
+        space = self._core.open_space(Origin(namespace.id, producer.id, fidelity), sizes, spec.chunk_tokens)
+        opened = self._spaces.get(space)
+        if opened is None:
+            opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+            space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
+            if fidelity == EXACT:
+                self._sharing.join(opened)
+            if self._journal is not None:
+                self._journal.save_space(_described(opened))
+            room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
+            if room < _PROMPT_TOKENS and fidelity == EXACT:
+                _log.warning(
+                    "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
+                    room, namespace.label or namespace.id, _PROMPT_TOKENS,
+                )  # fmt: skip
         return opened
+
+    def _close_spaces(self, spaces: Sequence[Space]) -> None:
+        """Those without chunks or users. The lock is held."""
+        for space in self._core.close_spaces(spaces):
+            self._sharing.leave(self._spaces.pop(space))
+        if self._journal is not None:
+            pairs = [Disagree(name, pair) for name, pairs in self._sharing.closed.items() for pair in sorted(pairs)]
+            self._journal.keep_spaces(
+                [*map(_described, self._spaces.values()), *(msgspec.json.encode(pair) for pair in pairs)]
+            )
+
+    # Sharing
+
+    def _spaces_of(self, opened: OpenSpace) -> list[Space]:
+        """All of a producer's: what is exact, and what was derived from others'. The lock is held."""
+        namespace, producer = opened.namespace.id, opened.producer.id
+        origins = (Origin(namespace, producer, fidelity) for fidelity in (EXACT, FOREIGN, f"{FOREIGN}.any"))
+        return [space for origin in origins if (space := self._core.spaces.get(origin)) is not None]
+
+    def _sources(self, opened: OpenSpace, chain: Chain, share: Share) -> Sequence[Source]:
+        """From where a lookup may take what its own space lacks. The lock is held."""
+        others = self._sharing.sources(opened, chain, share)
+        derived = self._derived(opened, share) if others else None
+        return [Source(derived.space, len(chain)), *others] if derived is not None else others
+
+    def _derived(self, opened: OpenSpace, share: Share) -> OpenSpace | None:
+        """The space for what an engine computes behind chunks of others; None if it must not be read. The lock is held.
+
+        What any producer may have a part in is kept apart from what was computed behind verified chunks only.
+        """
+        if share is not Share.ANY and not self._sharing.is_sound(opened):
+            return None
+        return self._open(opened.namespace, opened.producer, f"{FOREIGN}.any" if share is Share.ANY else FOREIGN)
+
+    def _meet(self, opened: OpenSpace) -> None:
+        """Tell the tiers of a namespace and its producer, and hear who else has stored in it."""
+        opened.meet_at = time.monotonic() + _MEET_S
+        name, key = opened.namespace.id, opened.manifests[0].key
+
+        def meet(backend: Backend) -> None:
+            buffer = memoryview(bytearray(_MANIFEST_BYTES))
+            (length,) = backend.get([key], [buffer])
+            told = Known()
+            if not isinstance(length, Miss):
+                with suppress(msgspec.MsgspecError):  # what cannot be read is written anew
+                    told = msgspec.json.decode(buffer[:length], type=Known)
+            with self._lock:
+                known = self._sharing.known(name).joined(told)
+                for producer in known.producers:
+                    self._open(opened.namespace, producer)
+                self._sharing.learn(name, known)
+                opened.manifests = manifests(opened.namespace, opened.producer, known)
+            if known != told:
+                backend.put(opened.manifests[:1], if_absent=False)
+            backend.put(opened.manifests[1:])
+
+        for index in range(len(self.tiers)):
+            self._write_task(index, meet)
 
     def _adopt(self, journal: Journal) -> None:
         """Take over what an earlier life left; nobody else uses the store yet."""
-        rooms, found = {}, []
-        for space in described(journal.recovered_spaces):
+        rooms = {}
+        for space in remembered(journal.recovered_spaces, Described):
             namespace = space.namespace
             try:
-                opened = self._open(namespace, space.producer)
+                opened = self._open(namespace, space.producer, space.fidelity)
             except (ConfigError, UnsupportedError) as error:
                 _log.warning("not adopted: chunks of %s: %s", namespace.label or namespace.id, error)
                 continue
             rooms[opened.space.origin] = room_of(opened.space, namespace)
-            found.append((opened, msgspec.json.encode(space)))
+        for pair in remembered(journal.recovered_spaces, Disagree):
+            self._sharing.learn(pair.namespace, Known(closed=(pair.producers,)))
         self._recovered, journal.recovered = journal.recovered, []
         self._core.extents.most = journal.capacity
         count = adopt(self._core, self.pool, self._recovered, rooms)
-        journal.keep_spaces([saved for opened, saved in found if opened.space.entries])
+        self._close_spaces(list(self._spaces))
+        for opened in list(self._spaces.values()):
+            self._meet(opened)
         self._core.extents.log = []
         if self._recovered:
             _log.info("adopted %d chunks from an earlier life of the pool", count)
@@ -564,6 +692,72 @@ class Store:
     def check_integrity(self) -> None:
         with self._lock:
             self._core.check_integrity()
+
+    def _compare(self, space: Space, chunks: Sequence[tuple[bytes, int]], *, stored: bool) -> None:
+        """Begin to compare them with those of others, as far as that is wanted: they were stored, or were found."""
+        with self._lock:
+            opened = self._spaces.get(space)
+            if opened is None or space.origin.fidelity != EXACT:
+                return
+            wanted = self._sharing.wanted(opened, chunks, stored=stored)
+        for other, digest, position in wanted:
+            self._overlap.begin(opened, other, digest, position)
+
+    def _copy_of(self, opened: OpenSpace, digest: bytes) -> list[npt.NDArray[np.uint8]] | None:
+        """The cells of one chunk, from the pool or a tier; None if it is not there."""
+        rid, chain = f"{_OVERLAP}{digest.hex()}", Chain.from_digests([digest], opened.spec.chunk_tokens)
+        request = self._event(lambda: self._core.lookup(opened.space, rid, chain, time.monotonic()))
+        try:
+            if self.wait(rid, _COPY_S).state is not LookupState.READY:
+                return None
+            entry = request.entries[0]
+            assert entry is not None
+            places = [address for address in entry.extents if address is not None]
+            records = [
+                self.pool.record(address, HEADER_BYTES + nbytes)
+                for address, nbytes in zip(places, opened.payload_bytes, strict=True)
+            ]
+            copies = [np.frombuffer(record, np.uint8, offset=HEADER_BYTES).copy() for record in records]
+            with self._lock:  # it was held for the request, all the while
+                held = self._core.requests.get(rid) is request and request.state is RequestState.READY
+            return copies if held else None
+        finally:
+            self._event(lambda: self._core.forget(rid))
+
+    def _compared(
+        self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int, errors: Mapping[str, float]
+    ) -> None:
+        with self._lock:
+            pair = self._sharing.pair(one, other)
+            before = pair.state
+            if pair.closed or digest in pair.digests:
+                return
+            agreed = pair.note(digest, position, errors)
+            after = pair.state
+        self.metrics.overlap_chunks.labels("agreed" if agreed else "disagreed").inc()
+        shown = ", ".join(f"{role} {error:.2g}" for role, error in errors.items())
+        if after == "closed" != before:
+            _log.error(
+                "%s and %s differ in the KV of the same tokens (relative error %s, chunk %s at %d): "
+                "one of them is wrong, neither reads the other's from now on",
+                *pair.names, shown, digest.hex()[:16], position,
+            )  # fmt: skip
+            self._disagree(one, other)
+        elif after != before:
+            _log.info("%s and %s agree (relative error %s): each reads the other's chunks", *pair.names, shown)
+
+    def _disagree(self, one: OpenSpace, other: OpenSpace) -> None:
+        """For good: for the next life, and for others that share a tier."""
+
+        def close() -> None:
+            self._sharing.close(one, other)
+            self._core.withdraw({one.space, other.space})
+            if self._journal is not None:
+                for pair in self._sharing.closed[one.namespace.id]:
+                    self._journal.save_space(msgspec.json.encode(Disagree(one.namespace.id, pair)))
+
+        self._event(close)
+        self._meet(one)
 
     # The core's actions
 
@@ -617,6 +811,7 @@ class Store:
                     self._probers[action.tier].submit(lambda: self._probe_if_wanted(action))
             case Resolved(request):
                 self._count(request)
+                self._found(request)
             case DeleteRecords():
                 self._delete_records(action)
 
@@ -649,6 +844,9 @@ class Store:
             failed = True
             self._tier_error(job.tier, error)
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
+        if job.kind is JobKind.SEAL:
+            picked = [job.entries[at] for at in first_middle_last(len(job.entries))]
+            self._compare(picked[0].space, [(entry.digest, entry.first_position) for entry in picked], stored=True)
         if job.kind is JobKind.PUT:
             self._usage[job.tier].changed()
             self._busy.set()
@@ -673,10 +871,10 @@ class Store:
 
     def _probe(self, probe: Probe) -> None:
         request = probe.request
-        opened = self._spaces[request.space]
+        opened = self._spaces[probe.source.space]
         count, step, failed = 0, 1, False
         try:
-            while (at := probe.start + count) < request.length:
+            while (at := probe.start + count) < probe.source.reach:
                 present = self._jobs.present(probe.tier, opened, request.chain, at, step)
                 count += present
                 if present < step:
@@ -711,10 +909,6 @@ class Store:
 
         for index in range(len(self.tiers)):
             self._write_task(index, partial(delete, index), lambda: self._core.records_deleted(action))
-
-    def _write_manifests(self, opened: OpenSpace) -> None:
-        for index in range(len(self.tiers)):
-            self._write_task(index, lambda backend: backend.put(opened.manifests))
 
     def _write_task(
         self, tier: int, task: Callable[[Backend], object], then: Callable[[], None] = lambda: None
@@ -766,8 +960,8 @@ class Store:
 
     def _count(self, request: Request) -> None:
         """Once for each lookup: its tokens by where they were found."""
-        if request.limit == request.length < request.total:
-            return  # the rest of the prompt follows
+        if request.limit == request.length < request.total or request.rid.startswith(_OVERLAP):
+            return  # the rest of the prompt follows; or it is nobody's
         chunk_tokens = request.chain.chunk_tokens
         self.metrics.lookup_seconds.observe(time.monotonic() - request.started)
         self._lookups["hit" if request.limit else "miss"].inc()
@@ -775,6 +969,18 @@ class Store:
             for source, chunks in request.sources(self._tier_names).items():
                 self._tokens[source].inc(chunks * chunk_tokens)
         self._tokens["none"].inc((request.total - request.limit) * chunk_tokens)
+
+    def _found(self, request: Request) -> None:
+        """What an engine finds of its own has been proof once, maybe of an earlier life."""
+        if not request.limit or request.rid.startswith(_OVERLAP) or not self._sharing.is_shared(request.space.origin):
+            return
+        foreign = request.foreign(0, request.limit)
+        own, chain = foreign[0].start if foreign else request.limit, request.chain
+        digests = chain.digests(own)
+        chunks = [
+            (digests[at], at * chain.chunk_tokens if chain.positions_known else -1) for at in first_middle_last(own)
+        ]
+        self._compare(request.space, chunks, stored=False)
 
     def _totals(self) -> dict[str, int]:
         with self._lock:
@@ -788,6 +994,11 @@ def _fair(pool_bytes: int, tenants: Mapping[str, Tenant], eviction: str) -> Fair
         quotas={name: tenant.quota for name, tenant in tenants.items() if tenant.quota},
         queue=QUEUES[eviction],
     )
+
+
+def _described(opened: OpenSpace) -> bytes:
+    """For the journal."""
+    return msgspec.json.encode(Described(opened.namespace, opened.producer, opened.space.origin.fidelity))
 
 
 def _places(addresses: Sequence[int | None]) -> bytes:

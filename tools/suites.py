@@ -26,7 +26,7 @@ from environments import ROOT, BuildError, build
 class Suite:
     """`budget_s` is for two cores, without the slow tests; `prepare` are sessions to run before."""
 
-    environment: str
+    environment: str | tuple[str, ...]
     budget_s: int
     pytest: bool = True
     prepare: tuple[str, ...] = ()
@@ -43,6 +43,7 @@ SUITES = {
     "hf": Suite("hf", 180, prepare=("model",)),
     "vllm": Suite("vllm", 480, prepare=("model",)),
     "sglang": Suite("sglang", 540),
+    "cross": Suite(("hf", "vllm", "sglang"), 240, prepare=("model",)),
 }
 CLOSING_LINE = re.compile(r"=+ (.* in \d[\d.]*s.*?) =+$")
 
@@ -58,7 +59,8 @@ class Result:
 def prepare(suite: Suite) -> None:
     """Makes what is not on the clock; where that fails, the suite itself fails of it and is reported."""
     with contextlib.suppress(BuildError):
-        build(suite.environment)
+        for environment in [suite.environment] if isinstance(suite.environment, str) else suite.environment:
+            build(environment)
         for session in suite.prepare:
             subprocess.run([sys.executable, "-m", "nox", "-s", session], cwd=ROOT, check=False)
 

@@ -27,6 +27,12 @@ def take_stdout() -> Callable[[Answer], None]:
     return answer
 
 
+def margin(chances: Sequence[float]) -> float:
+    """How far the most likely token is ahead of the second, by log probability."""
+    first, second = sorted(chances, reverse=True)[:2]
+    return first - second
+
+
 def pairs(given: Sequence[str]) -> dict[str, Any]:
     """``name=JSON``, or ``name=text`` where that is no JSON."""
     found: dict[str, Any] = {}

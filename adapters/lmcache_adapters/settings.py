@@ -10,7 +10,7 @@ from lmcache_sdk.config import Config, default_socket, load_config
 from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.spec import CellGrid
 
-SETTINGS = ("url", "pool_bytes", "chunk_tokens", "layers_per_cell", "heads_per_cell", "log_level")
+SETTINGS = ("url", "pool_bytes", "chunk_tokens", "layers_per_cell", "heads_per_cell", "share", "log_level")
 _ON_ERROR = ("degrade", "refuse")
 
 

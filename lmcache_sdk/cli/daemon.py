@@ -15,6 +15,7 @@ from lmcache_sdk.cli.output import counted, print_json, print_table
 from lmcache_sdk.cli.settings import group_id
 from lmcache_sdk.config import default_socket, format_size, load_config
 from lmcache_sdk.errors import BackendUnavailable, ConfigError
+from lmcache_sdk.keys import EXACT
 from lmcache_sdk.observe.logs import log_to_stderr
 
 SocketOption = Annotated[
@@ -120,11 +121,25 @@ def status(
             (
                 space["namespace"],
                 space["model"] or "-",
-                space["producer"],
+                space["producer"] + ("" if space["fidelity"] == EXACT else f" {space['fidelity']}"),
                 f"{space['chunks']:,}",
                 format_size(space["chunks"] * space["chunk_bytes"]),
             )
             for space in details["namespaces"]
+        ],
+    )
+    _table(
+        ("PRODUCERS", "STATE", "COMPARED", "FAILED", "SERVED TO", "ERROR"),
+        [
+            (
+                " and ".join(pair.producers),
+                pair.state,
+                f"{pair.compared:,}",
+                f"{pair.failed:,}",
+                f"{pair.depth:,}",
+                ", ".join(f"{role} {error:.2%}" for role, error in pair.worst.items()) or pair.why or "-",
+            )
+            for pair in seen.stats.pairs
         ],
     )
     _table(
@@ -255,10 +270,13 @@ def _activity(before: Seen, seen: Seen, seconds: float) -> Iterator[str]:
         )
 
 
+_NUMBERS = ("RECORDS", "USED", "OF", "QUEUED", "DROPPED", "HELD", "CHUNKS", "BYTES", "COMPARED", "FAILED", "SERVED TO")
+
+
 def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     if rows:
         typer.echo()
-        print_table(heads, rows, right=("RECORDS", "USED", "OF", "QUEUED", "DROPPED", "HELD", "CHUNKS", "BYTES"))
+        print_table(heads, rows, right=_NUMBERS)
 
 
 def _socket(socket: Path | None) -> Path:

@@ -13,7 +13,7 @@ from lmcache_sdk.core.actions import (
 )
 from lmcache_sdk.core.breaker import Breaker
 from lmcache_sdk.core.core import Core
-from lmcache_sdk.core.entries import Entry, EntryState, Request, RequestState, Reserved, Space
+from lmcache_sdk.core.entries import Derived, Entry, EntryState, Request, RequestState, Reserved, Source, Space
 from lmcache_sdk.core.tiers import Limits
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Breaker",
     "Core",
     "DeleteRecords",
+    "Derived",
     "Entry",
     "EntryState",
     "Job",
@@ -32,6 +33,7 @@ __all__ = [
     "RequestState",
     "Reserved",
     "Resolved",
+    "Source",
     "Space",
     "StartJob",
     "Stored",

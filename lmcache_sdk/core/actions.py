@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lmcache_sdk.core.entries import Entry, Request
+from lmcache_sdk.core.entries import Entry, Request, Source
 from lmcache_sdk.keys import Origin
 
 
@@ -48,9 +48,10 @@ class StartJob:
 
 @dataclass(eq=False, slots=True)
 class Probe:
-    """Ask a tier how many chunks from ``start`` on it has; answer by :meth:`Core.probed`."""
+    """Ask a tier how many chunks of a space it has from ``start`` on; answer by :meth:`Core.probed`."""
 
     request: Request
+    source: Source
     tier: int
     start: int
     deadline: float

@@ -15,11 +15,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 
 from lmcache_sdk.core.actions import Action, DeleteRecords, Job, JobKind, Probe, Resolved, StartJob, Stored
 from lmcache_sdk.core.earlier import EarlierLife
-from lmcache_sdk.core.entries import Entry, EntryState, Lease, Mark, Request, RequestState, Reserved, Space
+from lmcache_sdk.core.entries import (
+    Derived,
+    Entry,
+    EntryState,
+    Lease,
+    Mark,
+    Request,
+    RequestState,
+    Reserved,
+    Source,
+    Space,
+)
 from lmcache_sdk.core.extents import Extents, Note
 from lmcache_sdk.core.index import Index
 from lmcache_sdk.core.integrity import check_integrity
@@ -32,6 +44,7 @@ from lmcache_sdk.packs import batches
 from lmcache_sdk.patience import ReadingSpeed
 
 _VERIFY = -1  # in place of a tier's number: the pool itself has the chunk, unchecked
+_MOST_PROBES = 64  # for one lookup, whose chunks may lie scattered over spaces and tiers
 
 
 class Core:
@@ -97,7 +110,8 @@ class Core:
 
     def close_spaces(self, spaces: Iterable[Space]) -> list[Space]:
         """Forget those of them of which nothing is known and that nothing uses."""
-        used = {request.space for request in self.requests.values()} | {probe.request.space for probe in self.probes}
+        requests = {*self.requests.values(), *(probe.request for probe in self.probes)}
+        used = {request.space for request in requests} | {source.space for r in requests for source in r.others}
         used |= {entry.space for job in self.jobs.values() for entry in job.entries}
         closed = []
         for space in spaces:
@@ -107,12 +121,24 @@ class Core:
         return closed
 
     def lookup(
-        self, space: Space, rid: str, chain: Chain, now: float, *, prefetch: bool = True, total: int = 0
+        self,
+        space: Space,
+        rid: str,
+        chain: Chain,
+        now: float,
+        *,
+        prefetch: bool = True,
+        total: int = 0,
+        others: Sequence[Source] = (),
+        leave_out: int = 0,
     ) -> Request:
         """Find the longest prefix; the same request id and chain get the same answer until it is forgotten.
 
         Args:
             total: chunks of the whole prompt, if ``chain`` is only its first part; the rest follows if that is found.
+            others: where chunks that the space lacks may come from, in this order.
+            leave_out: of the digests at which others would be asked first, one in so many has them left out; always the
+                same ones.
         """
         request = self.requests.get(rid)
         if request is not None:
@@ -123,7 +149,7 @@ class Core:
             self._drop_request(request)
         elif len(self.requests) >= self.limits.requests:
             self._give_up(next(iter(self.requests.values())), "too many lookups")
-        request = Request(space, rid, chain, prefetch, now, now + self.limits.hold_s, total)
+        request = Request(space, rid, chain, prefetch, now, now + self.limits.hold_s, total, others, leave_out)
         self.requests[rid] = request
         self._walk(request, now)
         return request
@@ -155,17 +181,16 @@ class Core:
         if failed:
             request.why = f"{state.name} failed"
         start = len(request.entries)
+        end = min(start + count, request.at_hand().reach)
         if not failed:
             state.lacked(request, start + count, now)
-        for position in range(start, min(start + count, request.length)):
-            request.fetch[position] = probe.tier
-            request.entries.append(None)
-        if count:
-            request.tier, request.lacking = 0, probe.tier
-            self._walk(request, now)
+        request.found([None] * (end - start))
+        request.fetch |= dict.fromkeys(range(start, end), probe.tier)
+        if end > start:
+            self._found_some(request, probe.tier)
         else:
             request.tier = probe.tier + 1
-            self._ask(request, now)
+        self._walk(request, now)
 
     def hurry(self, rid: str, now: float) -> None:
         """The asker waits no longer: answer with the part of the prefix that is in the pool already."""
@@ -200,9 +225,11 @@ class Core:
         lease = self._id()
         self.leases[lease] = Lease(entries, set(range(parts)))
         self.counters["leased_bytes"] += len(entries) * request.space.chunk_bytes
+        self.counters["foreign_chunks"] += sum(map(len, request.foreign(first, boundary)))
         request.state, request.lease = RequestState.CLAIMED, lease
+        for last in request.last_of_runs(boundary):
+            self.writing.used(last, now)
         self._release_hold(request)
-        self.writing.used(entries[-1], now)
         return lease, entries
 
     def release(self, lease: int, part: int) -> None:
@@ -221,6 +248,12 @@ class Core:
         if request is not None:
             self._drop_request(request)
 
+    def withdraw(self, spaces: Iterable[Space]) -> None:
+        """Chunks of others must not be given any more to those who ask in these spaces."""
+        for request in list(self.requests.values()):
+            if request.space in spaces and request.others and request.state is not RequestState.CLAIMED:
+                self._give_up(request, "withdrawn")
+
     def reserve(
         self,
         space: Space,
@@ -232,6 +265,7 @@ class Core:
         parent: bytes | None = None,
         tenant: str = "",
         chunk_tokens: int = 0,
+        derived: Derived | None = None,
     ) -> tuple[int, Reserved] | None:
         """Room for the given cells of those chunks that are not there yet; None if there is nothing to write.
 
@@ -240,8 +274,16 @@ class Core:
             chunk_tokens: to tell a chunk's position in its request; 0 where that is unknown.
         """
         reserved = Reserved({}, {})
+        if derived is not None and derived.first <= first:
+            space = derived.space
         previous = space.entries.find(parent) if parent is not None else None
         for number, digest in enumerate(digests, start=first):
+            if derived is not None and number >= derived.first:
+                if space is not derived.space:
+                    space, previous = derived.space, None
+                if any(_is_readable(other.entries.find(digest)) for other in derived.others):
+                    previous = None
+                    continue
             entry = space.entries.find(digest)
             if entry is None:
                 position = number * chunk_tokens if chunk_tokens else -1
@@ -300,7 +342,8 @@ class Core:
             self._tell_stored(entry, now)
         if published:
             if self._seal:
-                self._start(JobKind.SEAL, -1, published, now)
+                for _, entries in groupby(published, attrgetter("space")):
+                    self._start(JobKind.SEAL, -1, list(entries), now)
             for entry in published:
                 self.index.drop(entry)
 
@@ -488,7 +531,7 @@ class Core:
                 del self.probes[probe]
             if self.requests.get(request.rid) is request and request.state is RequestState.WALKING:
                 request.why, request.tier = f"{state.name} does not answer", probe.tier + 1
-                self._ask(request, now)
+                self._walk(request, now)
 
     # Looking up
 
@@ -501,47 +544,80 @@ class Core:
         return len(chain) == request.length and chain.digests(walked) == request.chain.digests(walked)
 
     def _walk(self, request: Request, now: float) -> None:
-        """Extend the prefix through the pool; where it ends there, ask the tiers."""
-        entries, chain, index = request.entries, request.chain, request.space.entries
-        if not entries and 0 < request.length == chain.hashed:
+        """Extend the prefix through the pool; where it ends there, ask the tiers; then the next space in the same way.
+        If nobody is left to ask, start the loads.
+        """
+        chain = request.chain
+        if not request.entries and 0 < request.length == chain.hashed:
             digests = chain.digests()
-            readable = _readable_up_from(index.find(digests[-1]), digests)
+            readable = _readable_up_from(request.space.entries.find(digests[-1]), digests)
             if readable is not None:
-                request.entries = readable
+                request.source = 0
+                request.found(readable)
                 self._load(request, now, linked=request.length)
                 return
-        before, step = len(entries), 1
+        while len(request.entries) < request.length:
+            if self._extend(request):
+                self._found_some(request)
+                continue
+            if self._ask(request, now):
+                return
+            if request.source == len(request.others) or self._leaves_out(request):
+                break
+            request.source, request.tier, request.lacking = request.source + 1, 0, -1
+        self._load(request, now)
+
+    def _extend(self, request: Request) -> bool:
+        """Through the pool, by chunks of the space at hand; whether there were any."""
+        chain, before, step = request.chain, len(request.entries), 1
+        space, reach = request.at_hand()
         reserved = EntryState.RESERVED
-        while (start := len(entries)) < request.length:
-            found = index.get_all(chain.digests(start + step)[start:])
+        while (start := len(request.entries)) < reach:
+            found = space.entries.get_all(chain.digests(min(start + step, reach))[start:])
             usable = [entry is not None and entry.state is not reserved for entry in found]
             if False in usable:
-                entries += found[: usable.index(False)]
+                request.found(found[: usable.index(False)])
                 break
-            entries += found
+            request.found(found)
             step *= 4
-        if len(entries) > before:
-            request.tier, request.lacking = 0, -1
-        self._ask(request, now)
+        return len(request.entries) > before
 
-    def _ask(self, request: Request, now: float) -> None:
-        """Ask the next tier what it has from here on; if none is left, start the loads."""
-        if len(request.entries) < request.length and request.prefetch:
-            for tier in range(request.tier, len(self.tiers)):
-                state = self.tiers[tier]
-                if tier == request.lacking:
-                    continue
-                if state.lacks(request, len(request.entries), now):
-                    self.counters[f"negative_hits.{state.name}"] += 1
-                    continue
-                if state.answers(self.limits.readers, now):
-                    request.tier = tier
-                    probe = Probe(request, tier, len(request.entries), now + state.rules.probe_s)
-                    self.probes[probe] = None
-                    self.actions.append(probe)
-                    return
-                request.why = f"{state.name} paused after failures"
-        self._load(request, now)
+    @staticmethod
+    def _leaves_out(request: Request) -> bool:
+        """Whether others are left out, so that the engine computes, and stores, what can be compared with theirs."""
+        if not request.leave_out or request.source or request.foreign():
+            return False
+        digest = request.chain.digests(len(request.entries) + 1)[-1]
+        return int.from_bytes(digest[-8:]) % request.leave_out == 0
+
+    @staticmethod
+    def _found_some(request: Request, lacking: int = -1) -> None:
+        """Behind what was found, all are asked anew; its own space first, as what it has is of more worth."""
+        if request.source:
+            lacking = -1
+        request.source, request.tier, request.lacking = 0, 0, lacking
+
+    def _ask(self, request: Request, now: float) -> bool:
+        """Ask the next tier what it has of the space at hand from here on; False if none is left."""
+        source = request.at_hand()
+        if len(request.entries) >= source.reach or request.probes >= _MOST_PROBES or not request.prefetch:
+            return False
+        for tier in range(request.tier, len(self.tiers)):
+            state = self.tiers[tier]
+            if tier == request.lacking:
+                continue
+            if state.lacks(request, len(request.entries), now):
+                self.counters[f"negative_hits.{state.name}"] += 1
+                continue
+            if state.answers(self.limits.readers, now):
+                request.tier = tier
+                request.probes += 1
+                probe = Probe(request, source, tier, len(request.entries), now + state.rules.probe_s)
+                self.probes[probe] = None
+                self.actions.append(probe)
+                return True
+            request.why = f"{state.name} paused after failures"
+        return False
 
     def _load(self, request: Request, now: float, *, linked: int = 0) -> None:
         """The prefix is known: link it, start loading what is not in the pool, and answer if nothing is.
@@ -550,9 +626,9 @@ class Core:
             linked: how many entries from the front are readable and linked already.
         """
         # Nothing was held while tiers were asked: what was evicted meanwhile ends the prefix here.
-        start: dict[int, list[Entry]] = {}
-        chain, space = request.chain, request.space
-        request.deletions = space.deletions
+        start: dict[tuple[int, Space], list[Entry]] = {}
+        chain = request.chain
+        request.deletions = request.count_deletions()
         digests = chain.digests(len(request.entries))
         published = EntryState.PUBLISHED
         previous = request.entries[linked - 1] if linked else None
@@ -560,6 +636,9 @@ class Core:
             if entry is not None and entry.state is published and entry.parent is previous is not None:
                 previous = entry  # the usual case, of thousands
                 continue
+            space = request.space_of(position)
+            if previous is not None and previous.space is not space:
+                previous = space.entries.find(digests[position - 1])
             if entry is None or entry.state is EntryState.DEAD:
                 entry = space.entries.find(digests[position])
             if entry is not None and entry.state is EntryState.RESERVED:
@@ -583,7 +662,7 @@ class Core:
                     break
                 if not self.tiers[tier].rules.promote:
                     entry.marks |= Mark.PASSING
-                start.setdefault(tier, []).append(entry)
+                start.setdefault((tier, space), []).append(entry)
             else:
                 self.index.link(entry, previous)
                 request.fetch.pop(position, None)
@@ -591,7 +670,7 @@ class Core:
                     entry.state = EntryState.LOADING
                     self.index.hold(entry)
                     self.index.give(entry, chain.tenant)
-                    start.setdefault(_VERIFY, []).append(entry)
+                    start.setdefault((_VERIFY, space), []).append(entry)
             request.entries[position] = entry
             if entry.state is EntryState.LOADING:
                 if entry.waiters:  # whose job it is, or who waits for it as well
@@ -604,17 +683,15 @@ class Core:
             request.why = "no full chunk"
         elif request.limit < request.length and not request.why:
             request.why = "not stored"
-        if previous is not None:
-            self.index.hold(previous)
-            request.hold = previous
+        self._hold(request)
         request.state = RequestState.PENDING
-        for tier, loading in start.items():
+        for (tier, _), loading in start.items():
             self._start(JobKind.VERIFY if tier == _VERIFY else JobKind.FETCH, tier, loading, now)
             request.goals[tier] = self.reading[tier].asked
             for entry in reversed(loading):
                 self.index.drop(entry)  # the job holds it now
         if start:
-            self.writing.make_way(chain.tenant, space.chunk_bytes, now)
+            self.writing.make_way(chain.tenant, request.space.chunk_bytes, now)
         self._settle(request)
 
     def _settle(self, request: Request) -> None:
@@ -624,15 +701,12 @@ class Core:
         if not self._is_there(request):
             request.limit = next(i for i, e in enumerate(request.entries) if e is None or e.state is EntryState.DEAD)
             request.why = "deleted"
-        last = request.entries[request.limit - 1] if request.limit else None
-        if last is not None:
-            self.index.hold(last)
+        self._hold(request)
+        for last in reversed(request.holds):
             self.index.touch(last)
             if not last.marks & Mark.PASSING:
                 last.uses += 1
-        self._release_hold(request)
-        request.hold = last
-        request.state = RequestState.READY if last is not None else RequestState.MISS
+        request.state = RequestState.READY if request.limit else RequestState.MISS
         self.actions.append(Resolved(request))
 
     def _fetched(self, job: Job, results: Sequence[bool], now: float) -> None:
@@ -676,10 +750,11 @@ class Core:
     @staticmethod
     def _is_there(request: Request) -> bool:
         """Whether nothing of what was found has been deleted since."""
-        if request.deletions != request.space.deletions:
+        deletions = request.count_deletions()
+        if request.deletions != deletions:
             if any(entry is not None and entry.state is EntryState.DEAD for entry in request.entries[: request.limit]):
                 return False
-            request.deletions = request.space.deletions
+            request.deletions = deletions
         return True
 
     def _give_up(self, request: Request, why: str) -> None:
@@ -697,10 +772,18 @@ class Core:
             request.state = RequestState.MISS
         self._release_hold(request)
 
+    def _hold(self, request: Request) -> None:
+        """Keep what was found, up to the limit, and no longer what is behind it."""
+        held, request.holds = request.holds, request.last_of_runs(request.limit)
+        for entry in request.holds:
+            self.index.hold(entry)
+        for entry in held:
+            self.index.drop(entry)
+
     def _release_hold(self, request: Request) -> None:
-        held, request.hold = request.hold, None
-        if held is not None:
-            self.index.drop(held)
+        held, request.holds = request.holds, []
+        for entry in held:
+            self.index.drop(entry)
 
     # Jobs
 
@@ -741,6 +824,10 @@ class Core:
     def check_integrity(self) -> None:
         """Raise AssertionError if anything does not add up. For tests: it looks at everything."""
         check_integrity(self)
+
+
+def _is_readable(entry: Entry | None) -> bool:
+    return entry is not None and entry.state in (EntryState.PUBLISHED, EntryState.ADOPTED)
 
 
 def _readable_up_from(last: Entry | None, digests: Sequence[bytes]) -> list[Entry | None] | None:

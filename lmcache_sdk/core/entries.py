@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 from lmcache_sdk.core.parted import ByDigest
 from lmcache_sdk.keys import Chain, Origin
@@ -98,6 +99,13 @@ class Space:
         self.block_chunks = 1
 
 
+class Source(NamedTuple):
+    """Another space than its own from which a request may take chunks, up to the position ``reach``."""
+
+    space: Space
+    reach: int
+
+
 class RequestState(StrEnum):
     """A lookup's life."""
 
@@ -109,7 +117,16 @@ class RequestState(StrEnum):
 
 
 class Request:
-    """One lookup: the prefix found so far, and what holds it."""
+    """One lookup: the prefix found so far, and what holds it.
+
+    A *run* is a part of the prefix that comes from one space. Each is held by its last chunk.
+
+    Attributes:
+        others: from where it takes what its own space lacks, in this order.
+        runs: where each begins, and its space.
+        source: which of its spaces is being asked for the next chunk; 0 = its own, then ``others``.
+        leave_out: see :meth:`Core.lookup`.
+    """
 
     __slots__ = (
         "chain",
@@ -117,16 +134,20 @@ class Request:
         "deletions",
         "entries",
         "fetch",
-        "fidelity",
         "goals",
-        "hold",
+        "holds",
         "lacking",
         "lease",
+        "leave_out",
         "length",
         "limit",
+        "others",
         "pending",
         "prefetch",
+        "probes",
         "rid",
+        "runs",
+        "source",
         "space",
         "started",
         "state",
@@ -136,7 +157,16 @@ class Request:
     )
 
     def __init__(
-        self, space: Space, rid: str, chain: Chain, prefetch: bool, started: float, deadline: float, total: int = 0
+        self,
+        space: Space,
+        rid: str,
+        chain: Chain,
+        prefetch: bool,
+        started: float,
+        deadline: float,
+        total: int = 0,
+        others: Sequence[Source] = (),
+        leave_out: int = 0,
     ) -> None:
         self.space = space
         self.rid = rid
@@ -147,24 +177,77 @@ class Request:
         self.started = started
         self.deadline = deadline
         self.state = RequestState.WALKING
-        self.deletions = space.deletions  # as of when all its entries were known to be in the index
+        self.others = others
+        self.leave_out = leave_out
+        self.runs: list[tuple[int, Space]] = []
+        self.source = 0
+        self.probes = 0  # so many questions to tiers
+        self.deletions = self.count_deletions()  # as of when all its entries were known to be in the index
         self.lease = 0  # once it is CLAIMED
         self.entries: list[Entry | None] = []  # None: only a tier has it
         self.fetch: dict[int, int] = {}  # position -> tier
         self.goals: dict[int, int] = {}  # tier -> bytes read from it by when all is here, see ReadingSpeed
         self.tier = 0  # the tier to ask next at this position
         self.lacking = -1  # a tier whose earlier answer already says that it lacks this position
-        self.hold: Entry | None = None
+        self.holds: list[Entry] = []
         self.limit = 0
         self.pending = 0  # entries within the limit that are being loaded
         self.why = ""
-        self.fidelity = space.origin.fidelity
+
+    def at_hand(self) -> Source:
+        """The space that is being asked."""
+        return self.others[self.source - 1] if self.source else Source(self.space, self.length)
+
+    def found(self, entries: Sequence[Entry | None]) -> None:
+        """The space that is being asked has these chunks, the next ones; None: in a tier."""
+        space = self.at_hand().space
+        if entries and (not self.runs or self.runs[-1][1] is not space):
+            self.runs.append((len(self.entries), space))
+        self.entries += entries
+
+    def space_of(self, position: int) -> Space:
+        return next((space for first, space in reversed(self.runs) if first <= position), self.space)
+
+    def last_of_runs(self, boundary: int) -> list[Entry]:
+        """Of what was found, up to a boundary; the deepest first."""
+        last, end = [], boundary
+        for first, _ in reversed(self.runs):
+            if first < end:
+                entry = self.entries[end - 1]
+                assert entry is not None
+                last.append(entry)
+                end = first
+        return last
+
+    def foreign(self, first: int = 0, boundary: int = 1 << 32) -> list[range]:
+        """Which chunks of this part of the prefix are not from its own space."""
+        found, end = [], min(boundary, len(self.entries))
+        for start, space in reversed(self.runs):
+            run = range(max(start, first), end)
+            if space is not self.space and run:
+                found.append(run)
+            end = min(end, start)
+        return found[::-1]
+
+    def count_deletions(self) -> int:
+        """In all of its spaces."""
+        return self.space.deletions + sum(other.space.deletions for other in self.others)
 
     def sources(self, tiers: Sequence[str]) -> dict[str, int]:
         fetched = Counter(tier for position, tier in self.fetch.items() if position < self.limit)
         found = {tiers[tier]: count for tier, count in fetched.items()}
         from_pool = self.limit - sum(found.values())
         return found | {"pool": from_pool} if from_pool else found
+
+
+class Derived(NamedTuple):
+    """Of a reservation: chunks from ``first`` on were computed behind foreign ones. They go to a space of their own,
+    unless they are in one of ``others``.
+    """
+
+    first: int
+    space: Space
+    others: Sequence[Space] = ()
 
 
 @dataclass(slots=True)

@@ -27,8 +27,7 @@ def check_integrity(core: Core) -> None:
 def _holds(core: Core) -> Counter[Entry]:
     holds: Counter[Entry] = Counter()
     for request in core.requests.values():
-        if request.hold is not None:
-            holds[request.hold] += 1
+        holds.update(request.holds)
     for entries in (
         *(lease.entries for lease in core.leases.values()),
         *(reserved.entries.values() for reserved in core.reservations.values()),
@@ -47,7 +46,10 @@ def _check_requests(core: Core) -> None:
             found = request.entries[: request.limit]
             assert request.pending == sum(e is not None and e.state is EntryState.LOADING for e in found) > 0
         if request.state is RequestState.READY:
-            assert request.hold is request.entries[request.limit - 1]
+            assert request.holds == request.last_of_runs(request.limit)
+            assert request.holds[0] is request.entries[request.limit - 1]
+            for position, entry in enumerate(request.entries[: request.limit]):
+                assert entry is not None and entry.space is request.space_of(position), "not from where it may come"
         if request.state is RequestState.WALKING:
             assert any(probe.request is request for probe in core.probes), "nobody asks a tier for it"
 

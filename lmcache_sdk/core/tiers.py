@@ -68,8 +68,8 @@ class TierState:
         return bool(self._missing) and now < self._missing.get(_chunk(request, position), 0.0)
 
     def lacked(self, request: Request, position: int, now: float) -> None:
-        """It says that it lacks this chunk."""
-        if self.instant or not self.rules.missing_s or position >= request.length:
+        """It says that it lacks this chunk of the space at hand."""
+        if self.instant or not self.rules.missing_s or position >= request.at_hand().reach:
             return
         chunk = _chunk(request, position)
         self._missing[chunk] = now + self.rules.missing_s
@@ -83,4 +83,4 @@ class TierState:
 
 
 def _chunk(request: Request, position: int) -> tuple[Origin, bytes]:
-    return request.space.origin, request.chain.digests(position + 1)[-1]
+    return request.at_hand().space.origin, request.chain.digests(position + 1)[-1]

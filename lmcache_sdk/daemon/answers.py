@@ -158,7 +158,7 @@ class Answers:
             oldest = next(iter(client.requests))
             del client.requests[oldest]
             self._store.forget(oldest)
-        self._store.lookup(opened, rid, chain, prefetch=request.prefetch, total=request.total)
+        self._store.lookup(opened, rid, chain, share=client.sharing, prefetch=request.prefetch, total=request.total)
         found = self._found(rid)
         if wanted > most == found.chunks:
             return msgspec.structs.replace(found, why="more than one client may hold")
@@ -233,6 +233,8 @@ class Answers:
             parent=request.parent or None,
             tenant=request.tenant,
             positions_known=request.positions_known,
+            inexact=request.inexact,
+            share=client.sharing,
         )
         if reservation is None:
             return p.Reserved(None)

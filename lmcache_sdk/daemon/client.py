@@ -28,10 +28,11 @@ from lmcache_sdk.core.extents import SEGMENT_SHIFT
 from lmcache_sdk.daemon import protocol as p
 from lmcache_sdk.daemon.channel import Channel
 from lmcache_sdk.errors import BackendFormatError, ConfigError, LMCacheSDKError
-from lmcache_sdk.keys import Chain
+from lmcache_sdk.keys import DIGEST_BYTES, Chain
+from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.pool.mapping import map_segments
-from lmcache_sdk.spec import WHOLE, Namespace, Producer
+from lmcache_sdk.spec import WHOLE, Namespace, Producer, Share
 
 _log = logger("client")
 _M = TypeVar("_M", bound=p.Message)
@@ -100,6 +101,7 @@ class DaemonCache:
         namespace: Namespace,
         producer: Producer,
         *,
+        share: str = Share.VERIFIED,
         call_timeout_s: float = CALL_TIMEOUT_S,
         starts_later: bool = False,
     ) -> None:
@@ -109,6 +111,8 @@ class DaemonCache:
         self.path = path
         self._namespace = namespace
         self._producer = producer
+        self._share = Share.of(share)
+        self._lineage = Lineage()  # here and not in the daemon, which may be another life of it later
         self._cell_bytes = np.array([cell.nbytes for cell in namespace.spec.cells])
         self._timeout_s = call_timeout_s
         self._lock = threading.Condition()
@@ -211,6 +215,7 @@ class DaemonCache:
         if ticket is None:
             return None
         good = (ticket.first, ticket.boundary, ticket.parts) == (first, boundary, parts)
+        good = good and len(ticket.inexact) in (0, DIGEST_BYTES)
         if not good or not self._fits(life, ticket, boundary - first):
             self._lose(life, turn, p.ProtocolError("a ticket that cannot be"))
             return None
@@ -236,6 +241,7 @@ class DaemonCache:
         life = self._current()
         if life is None or life.boot != ticket.boot or self._closing:
             return False
+        self._lineage.loaded(ticket)
         copy = (ticket.lease, int(part))
         with self._or_lost(life) as turn:
             with self._lock:
@@ -260,7 +266,7 @@ class DaemonCache:
             self._call(life, p.Forget(_short(rid)), p.Count)
 
     def reserve(self, rid: str, chain: Chain, first: int, count: int, part: Part = WHOLE) -> Reservation | None:
-        del rid  # all that is loaded is exact, so there is no lesser fidelity to inherit from the request
+        del rid  # what a request has loaded its engine may have given to another one: the chain tells
         first, count = int(first), min(int(count), p.MOST_DIGESTS)
         life = self._current()
         if life is None or self._closing or first < 0 or count < 1:
@@ -276,6 +282,7 @@ class DaemonCache:
             tenant=chain.tenant,
             salted=chain.salted,
             positions_known=chain.positions_known,
+            inexact=self._lineage.first_inexact(chain, first + count),
         )
         with self._or_lost(life) as turn:
             return self._reserve(life, turn, message, range(first, first + count))
@@ -512,6 +519,7 @@ class DaemonCache:
                 producer=self._producer,
                 turn=self._turn,
                 held=(*last.under_way, *last.claimed) if last is not None else (),
+                share=self._share,
             )
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
         channel = Channel(self.path, CONNECT_TIMEOUT_S)

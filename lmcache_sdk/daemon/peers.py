@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from lmcache_sdk import spec
 from lmcache_sdk.api import Reservation, Ticket
 from lmcache_sdk.daemon import protocol as p
 from lmcache_sdk.store import OpenSpace
@@ -90,6 +91,7 @@ class Client:
         leases, rooms: by the numbers that clients know, which cannot be guessed.
         requests: rids, oldest first.
         turn: of the last Hello that made or revived it.
+        sharing: whose chunks it is given.
     """
 
     id: bytes
@@ -103,6 +105,7 @@ class Client:
     rooms: dict[int, Held] = field(default_factory=dict)
     requests: dict[str, None] = field(default_factory=dict)
     turn: int = 0
+    sharing: spec.Share = spec.Share.OWN
 
     @property
     def held_bytes(self) -> int:

@@ -26,7 +26,7 @@ from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.errors import BackendUnavailable, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr, logger
 from lmcache_sdk.pool.shared import SharedPool
-from lmcache_sdk.spec import Namespace, Producer
+from lmcache_sdk.spec import Namespace, Producer, Share
 
 _log = logger("private")
 
@@ -80,10 +80,12 @@ class PrivateDaemon:
 class PrivateCache(DaemonCache):
     """A Cache in a daemon of its own, which ends with it. See :class:`lmcache_sdk.api.Cache` for the methods."""
 
-    def __init__(self, private: PrivateDaemon, namespace: Namespace, producer: Producer) -> None:
+    def __init__(
+        self, private: PrivateDaemon, namespace: Namespace, producer: Producer, *, share: str = Share.VERIFIED
+    ) -> None:
         self._private = private
         try:
-            super().__init__(private.socket, namespace, producer)
+            super().__init__(private.socket, namespace, producer, share=share)
         except BaseException:
             private.close(1.0)
             raise

@@ -19,9 +19,9 @@ from lmcache_sdk.api import LookupState, Reservation, Stats, Ticket
 from lmcache_sdk.errors import BackendFormatError, BackendUnavailable, ConfigError, LMCacheSDKError
 from lmcache_sdk.keys import DIGEST_BYTES
 from lmcache_sdk.observe.events import Event
-from lmcache_sdk.spec import Namespace, Producer
+from lmcache_sdk.spec import Namespace, Producer, Share
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_LIMIT = 8 << 20  # of a reply: the places of 840,000 tokens in chunks of 64 and 40 cells
 REQUEST_LIMIT = 1 << 20
 MOST_DIGESTS = (REQUEST_LIMIT - 4096) // DIGEST_BYTES  # in one request: 2 million tokens in chunks of 64
@@ -64,6 +64,7 @@ class Hello(Message, frozen=True):
         turn: of those that come back: how many times this client has tried to. The highest counts; one that was sent
             earlier and is read later does not.
         held: of those that come back: (lease, part) whose copies have not ended; all else is given back.
+        share: whose chunks it is given beside its own producer's.
     """
 
     version: int
@@ -72,6 +73,7 @@ class Hello(Message, frozen=True):
     producer: Producer | None = None
     turn: Chunks = 0
     held: tuple[tuple[Lease, PartNumber], ...] = ()
+    share: Share = Share.VERIFIED
 
 
 class Lookup(Message, frozen=True):
@@ -132,7 +134,11 @@ class Forget(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Room for chunks ``first …`` with these digests; ``parent`` is the digest before, empty if there is none."""
+    """Room for chunks ``first …`` with these digests; ``parent`` is the digest before, empty if there is none.
+
+    Attributes:
+        inexact: the number of the first chunk that is not exact, or was computed behind one that is not.
+    """
 
     digests: bytes
     first: Chunks
@@ -141,6 +147,7 @@ class Reserve(Message, frozen=True):
     tenant: Tenant = ""
     salted: bool = False
     positions_known: bool = True
+    inexact: Chunks | None = None
 
 
 class Publish(Message, frozen=True):

@@ -395,7 +395,9 @@ class Server:
             return p.Refused("settings", str(error)[:1000])
         process = connection.pid, identity(connection.pid)
         share = self._shares.get(process) if process[1] else None  # a process that cannot be seen may be any
-        client = Client(secrets.token_bytes(16), *process, opened, share or Share(), turn=hello.turn)
+        client = Client(
+            secrets.token_bytes(16), *process, opened, share or Share(), turn=hello.turn, sharing=hello.share
+        )
         # Written down before it is told where the memory is: the next life must know of it.
         if not self._pool.journal.client_joined(client.id, client.pid, client.known):
             return p.Refused("limit", "1,024 processes use this pool that have neither left nor are known to be gone")
@@ -429,7 +431,7 @@ class Server:
 
     def _revive(self, client: Client, hello: p.Hello) -> None:
         """A client that had given this daemon up is back. What it has not heard of was in vain."""
-        client.turn = hello.turn
+        client.turn, client.sharing = hello.turn, hello.share
         for connection in list(client.connections):
             connection.client = None  # or the last one would take the client with it
             client.connections.discard(connection)

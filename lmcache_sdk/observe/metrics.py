@@ -29,6 +29,7 @@ TOTALS = {
     "stored_chunks": Total("lmcache_stored_chunks", "Chunks that engines have stored"),
     "stored_bytes": Total("lmcache_stored_bytes", "Pool memory of the chunks that engines have stored"),
     "leased_bytes": Total("lmcache_leased_bytes", "Pool memory leased to engines, to be loaded"),
+    "foreign_chunks": Total("lmcache_foreign_chunks", "Chunks of other producers leased to engines"),
     "removed_chunks": Total("lmcache_removed_chunks", "Chunks that left the pool", "reason"),
     "store_dropped_chunks": Total("lmcache_dropped_chunks", "Chunks not stored, or not written to a tier", "where"),
     "written_chunks": Total("lmcache_written_chunks", "Chunks written to a tier", "tier"),
@@ -63,6 +64,7 @@ class Metrics:
         self.lookups = counter("lmcache_lookups", "Lookups that were answered", "result")
         self.lookup_tokens = counter("lmcache_lookup_tokens", "Tokens looked up, by where they were found", "source")
         self.lookup_seconds = seconds("lmcache_lookup_seconds", "From a lookup to its answer")
+        self.overlap_chunks = counter("lmcache_overlap_chunks", "Chunks of two producers that were compared", "result")
         self.tier_bytes = counter("lmcache_tier_bytes", "Bytes read from and written to a tier", "tier", "direction")
         self.tier_seconds = seconds("lmcache_tier_seconds", "Time of one job on a tier", "tier", "direction")
         self.tier_errors = counter("lmcache_tier_errors", "Calls of a tier that failed", "tier", "error")
@@ -79,6 +81,7 @@ class Metrics:
         self.pool_largest_free_bytes = gauge("lmcache_pool_largest_free_bytes", "The largest free piece of the pool")
         self.pool_chunks = gauge("lmcache_pool_chunks", "Chunks in the pool")
         self.leases = gauge("lmcache_leases", "Leases not yet released")
+        self.pairs = gauge("lmcache_pairs", "Pairs of producers, by whether each reads the other's chunks", "state")
         self.clients = gauge("lmcache_clients", "Connected engine processes")
         self.tier_records = gauge("lmcache_tier_records", "Records in a tier, where it can tell", "tier")
         self.tier_used_bytes = gauge("lmcache_tier_used_bytes", "Bytes in a tier, where it can tell", "tier")

@@ -14,7 +14,8 @@ or ``{"error": "…"}``, and ends. Then each request has an ``id``, which its an
     ``cache_salt``, ``load`` and ``store`` (default true), ``logits`` (default false).
     answer: ``token_ids``, ``text``, ``prompt_tokens``, ``cached_tokens``, ``ttft_s``, ``finish_reason``; with
     ``logits`` also ``top``, 20 pairs of token id and log probability after the prompt, and, from an engine that has
-    them, ``logits_sha256`` of the float32 logits there.
+    them, ``logits_sha256`` of the float32 logits there, and ``margins``: how far the most likely token was ahead of the
+    second, by log probability, for each token of the reply.
 ``tokenize``
     request: ``text`` or ``messages``. answer: ``token_ids``.
 ``flush``

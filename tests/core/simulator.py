@@ -17,6 +17,7 @@ from lmcache_sdk.backend import leading
 from lmcache_sdk.core import (
     Core,
     DeleteRecords,
+    Derived,
     Entry,
     EntryState,
     Job,
@@ -27,6 +28,8 @@ from lmcache_sdk.core import (
     RequestState,
     Reserved,
     Resolved,
+    Source,
+    Space,
     StartJob,
 )
 from lmcache_sdk.core.extents import Extents
@@ -112,9 +115,10 @@ class Simulator:
         self.quotas = {"b": r.choice([256, 512])} if r.random() < 0.5 else {}
         self.core = self.new_core()
         cells = [[64], [64, 64], [64, 192]]
+        shared = r.choice(cells) if r.random() < 0.5 else None  # producers that read each other's chunks
         self.spaces = [
-            self.core.open_space(Origin(f"{i:032x}", f"{i:016x}"), r.choice(cells), CHUNK)
-            for i in range(r.randint(1, 2))
+            self.core.open_space(Origin(f"{i:032x}", f"{i:016x}"), shared or r.choice(cells), CHUNK)
+            for i in range(r.randint(1, 4 if shared else 2))
         ]
         self.tiers: list[set[tuple[Origin, bytes]]] = [set() for _ in self.tier_names]
         for tier in self.tiers:  # what an earlier life has left
@@ -190,6 +194,7 @@ class Simulator:
                 self.late_write,
                 self.rot,
                 self.flush,
+                self.withdraw,
             ]
         )
         self.steps += 1
@@ -236,11 +241,11 @@ class Simulator:
                 assert request.goals, "it waits for reads"
                 assert (self.core.eta_s(request, self.now) or 0.0) >= 0.0
             if request.state is RequestState.READY:
-                origin = request.space.origin
                 found = request.chain.digests(request.limit)[: request.limit]
                 asked = self.chains[request.rid].digests(request.limit)
                 assert found == asked[: request.limit], "an answer to what was asked before"
-                for digest in found:
+                for position, digest in enumerate(found):
+                    origin = request.space_of(position).origin
                     deleted = self.gone.get((origin, digest), self.steps)
                     assert deleted >= self.asked[request], "it was deleted before it was asked for"
         for tier, state in enumerate(self.core.tiers):
@@ -268,7 +273,16 @@ class Simulator:
             kept = self.random.randint(0, len(digests))
             others = Chain([3] * (CHUNK * (len(digests) - kept)), CHUNK).digests()
             chain = Chain.from_digests([*digests[:kept], *others], CHUNK, tenant=chain.tenant)
-        request = self.core.lookup(space, rid, chain, self.now, prefetch=self.random.random() < 0.9)
+        others = [Source(other, self.random.randint(1, len(chain))) for other in self.others(space) if len(chain)]
+        request = self.core.lookup(
+            space,
+            rid,
+            chain,
+            self.now,
+            prefetch=self.random.random() < 0.9,
+            others=self.random.sample(others, self.random.randint(0, len(others))),
+            leave_out=self.random.choice([0, 0, 3]),
+        )
         self.chains[rid] = chain
         again = self.core.lookup(space, rid, chain, self.now)
         assert again is request, "a repeated lookup is answered from memory"
@@ -287,10 +301,11 @@ class Simulator:
             return
         lease, entries = claimed
         assert len(entries) == boundary - first
-        used: Entry | None = entries[-1]
-        while used is not None:  # and those before it, which the chain may not name
-            self.uses[used.digest] += 2
-            used = used.parent
+        for used in request.last_of_runs(boundary):
+            entry: Entry | None = used
+            while entry is not None:  # and those before it, which the chain may not name
+                self.uses[entry.digest] += 2
+                entry = entry.parent
         digests = self.chains[request.rid].digests(boundary)[first:]  # what was asked for, not what the core made of it
         contents = []
         for entry, digest in zip(entries, digests, strict=True):
@@ -340,6 +355,7 @@ class Simulator:
             parent=parent,
             tenant=chain.tenant,
             chunk_tokens=CHUNK * (r.random() < 0.7),
+            derived=self.derived(space, first),
         )
         if answer is not None:
             number, reserved = answer
@@ -348,6 +364,24 @@ class Simulator:
                 assert entry.digest == chain.digests()[chunk]
                 self.write(entry, reserved.cells[chunk], good=False)
             self.reservations.append((number, reserved, cells))
+
+    def others(self, space: Space) -> list[Space]:
+        """Those with the same cells."""
+        return [other for other in self.spaces if other is not space and other.cell_bytes == space.cell_bytes]
+
+    def derived(self, space: Space, first: int) -> Derived | None:
+        others = self.others(space)
+        if not others or self.random.random() < 0.7:
+            return None
+        return Derived(self.random.randint(0, first + 9), self.random.choice(others), [space])
+
+    def withdraw(self) -> None:
+        space = self.random.choice(self.spaces)
+        self.core.withdraw({space})
+        assert not any(
+            request.others and request.space is space and request.state is not RequestState.CLAIMED
+            for request in self.core.requests.values()
+        )
 
     def stored(self, reserved: Reserved) -> None:
         for entry in reserved.entries.values():
@@ -436,7 +470,7 @@ class Simulator:
         if self.random.random() < 0.1:
             self.core.probed(probe, 0, self.now, failed=True)
             return
-        origin, tier = request.space.origin, self.tiers[probe.tier]
+        origin, tier = probe.source.space.origin, self.tiers[probe.tier]
         digests = request.chain.digests()[probe.start :]
         count = leading((origin, digest) in tier for digest in digests)
         if self.random.random() < 0.1:

@@ -51,7 +51,7 @@ def test_every_setting_can_come_from_everywhere(tmp_path: Path) -> None:
         "tiers": ("lmdb:///a?size=1GiB", "memory://"), "require_salt": True, "keep_pool": False, "metrics_port": 9100,
         "metrics_host": "::1", "metrics_token_file": "/t", "metrics_cert": "/c", "metrics_key": "/k",
         "eviction": "s3fifo", "tenants": {"a": Tenant(quota=1 << 20, weight=2)}, "kernels": {"cuda": "mine"},
-        "pinning": "staged",
+        "pinning": "staged", "share": "own",
     }  # fmt: skip
     assert set(values) == set(Config.__struct_fields__)
     expected = Config(**values)

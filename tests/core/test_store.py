@@ -323,7 +323,7 @@ class Gate(MemoryBackend):
         self.gets = 0
 
     def get(self, keys, buffers):  # type: ignore[no-untyped-def]
-        self.gets += 1
+        self.gets += not keys[0].endswith("/manifest")
         self.open.wait()
         return super().get(keys, buffers)
 
@@ -386,6 +386,7 @@ def test_ten_askers_read_once() -> None:
 
 def test_a_tier_that_raises_anything_is_a_miss_and_is_left_alone() -> None:
     cache, gate, _, first = gated()
+    assert cache.drain(10)  # it has read the manifest
 
     def explode(keys: object, buffers: object) -> list[int | Miss]:
         raise ZeroDivisionError("a bug in somebody's backend")

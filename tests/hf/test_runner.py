@@ -318,3 +318,8 @@ def test_a_pool_smaller_than_the_prompt_only_means_fewer_hits(tiny: Model, plain
         for _ in range(3):
             assert small.generate(ids, max_new_tokens=4).token_ids == expected
             assert small.drain()
+
+
+def test_whose_KV_is_used_must_be_said_right(tiny: Model, store_url: str) -> None:  # noqa: N802
+    with pytest.raises(ConfigError, match="share is 'all'; it is one of: verified, any, own"):
+        Runner(tiny, store_url, share="all")

@@ -45,6 +45,7 @@ def test_pages_of_another_size_are_refused(tiny_directory: Path, shared_daemon: 
     ("extra", "error", "message"),
     [
         ({"uri": "memory://"}, ConfigError, "unknown setting 'uri'"),
+        ({"share": "all"}, ConfigError, "share must be one of verified, any, own, got 'all'"),
         ({"heads_per_cell": 3, "tp_size": 2}, ConfigError, "unknown setting 'tp_size'"),
         ({"url": "unix://relative"}, ConfigError, "three slashes"),
     ],

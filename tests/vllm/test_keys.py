@@ -86,6 +86,7 @@ def test_wishes() -> None:
     ("extra", "message"),
     [
         ({"uri": "memory://"}, "unknown setting 'uri'"),
+        ({"share": "all"}, "share must be one of verified, any, own, got 'all'"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
         ({"pool_bytes": "much"}, "'much' is not a size"),
     ],

@@ -83,6 +83,10 @@ def run(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
+    share: Annotated[
+        str | None,
+        typer.Option(help="Whose KV is used beside this engine's own: verified (of engines that agree), any or own."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -96,7 +100,7 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     from lmcache_adapters.hf import Chat, Runner, Sampling
 
-    config = load_config()
+    config = load_config({"share": share})
     log_to_stderr(config.log_level)
     sampling = Sampling(temperature)
     typer.echo(f"Loading {model} …", err=True)
@@ -107,6 +111,7 @@ def run(
         dtype=dtype,
         chunk_tokens=config.chunk_tokens,
         pool_bytes=config.pool_bytes,
+        share=config.share,
         timeout_s=config.wait_s,
     ) as runner:
         typer.echo("/new starts over, /quit ends.", err=True)

@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="of weights and KV; by default the model's own")
     parser.add_argument("--chunk-tokens", type=int)
+    parser.add_argument("--share", default="verified", help="whose KV it uses beside its own: verified, any or own")
     parser.add_argument("--context-tokens", type=int, help="longest prompt and reply together")
     options = parser.parse_args(arguments)
     log_to_stderr()
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype=options.dtype,
             chunk_tokens=options.chunk_tokens,
             context_tokens=options.context_tokens,
+            share=options.share,
         )
     except LMCacheSDKError as error:
         answer({"error": f"{type(error).__name__}: {error}"})

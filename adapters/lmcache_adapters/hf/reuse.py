@@ -22,7 +22,6 @@ from lmcache_sdk.patience import PrefillSpeed, worth_waiting
 
 logger = logging.getLogger("lmcache_sdk.hf")
 
-EXACT = "exact"
 _LOOK_S = 0.01  # how often a request that waits asks whether that is still worth while
 
 
@@ -34,13 +33,11 @@ class Restored:
         chunks: how many chunks are in the memory now, from the first on.
         seconds: how long lookup and load took together.
         sources: chunks of the lookup by the tier they came from.
-        fidelity: the worst among the loaded chunks.
     """
 
     chunks: int = 0
     seconds: float = 0.0
     sources: Mapping[str, int] = field(default_factory=dict)
-    fidelity: str = EXACT
 
 
 class ReusableMemory:
@@ -133,7 +130,7 @@ class ReusableMemory:
             if not transfer.done():
                 self._stop(transfer)
         chunks = min(transfer.failed_chunks(), default=boundary)
-        return Restored(chunks, time.perf_counter() - begin, lookup.sources, ticket.fidelity)
+        return Restored(chunks, time.perf_counter() - begin, lookup.sources)
 
     def _look(self, cache: Cache, rid: str, chain: Chain, usable_chunks: int) -> Lookup:
         """Look up, and wait for what is on its way for as long as that is sooner here than computed."""

@@ -17,7 +17,7 @@ import torch
 
 from lmcache_adapters.hf.memory import KVMemory
 from lmcache_adapters.hf.model import Model, Prompt, load_model
-from lmcache_adapters.hf.reuse import EXACT, Restored, ReusableMemory
+from lmcache_adapters.hf.reuse import Restored, ReusableMemory
 from lmcache_adapters.hf.sampling import GREEDY, Sampler, Sampling
 from lmcache_adapters.hf.text import TextStream
 from lmcache_sdk.api import Cache
@@ -72,6 +72,7 @@ class Runner:
         context_tokens: the longest prompt and reply together; by default the model's own limit, at most
             32,768. On CPU only what is used takes memory.
         pool_bytes: host memory for the cache that a URL opens.
+        share: whose KV that cache gives beside this engine's own: ``verified``, ``any`` or ``own``.
         timeout_s: how long a request waits at most for the cache (lookup, then load) before it computes instead.
         always_wait: so long, also where computing is sooner done. By default a request waits for a slow tier only
             while that is sooner there than computed, by what both have taken so far.
@@ -91,6 +92,7 @@ class Runner:
         chunk_tokens: int | None = None,
         context_tokens: int | None = None,
         pool_bytes: int = 1 << 30,
+        share: str = "verified",
         timeout_s: float = 10.0,
         always_wait: bool = False,
     ) -> None:
@@ -106,7 +108,7 @@ class Runner:
         self.model = model
         self.context_tokens = _context(model, context_tokens)
         self._owns_cache = isinstance(cache, str)
-        self.cache = _open(cache, model, pool_bytes) if isinstance(cache, str) else cache
+        self.cache = _open(cache, model, pool_bytes, share) if isinstance(cache, str) else cache
         try:
             _check_same_model(self.cache, model)
             self._reuse = ReusableMemory(model, self.cache, self.context_tokens, timeout_s, always_wait=always_wait)
@@ -164,7 +166,6 @@ class Runner:
                 # One token is always computed: it is its logits that choose the first new token.
                 usable = (ids.size - 1) // chain.chunk_tokens if load else 0
                 restored = self._reuse.restore(rid, chain, usable)
-                store = store and restored.fidelity == EXACT  # what was built on inexact KV is not exact either
                 first = restored.chunks * chain.chunk_tokens
                 computing = time.perf_counter()
                 logits = self._forward(ids[first:])
@@ -268,8 +269,8 @@ class Runner:
             self.cache.close()
 
 
-def _open(url: str, model: Model, pool_bytes: int) -> Cache:
-    return open_cache(url, namespace=model.namespace, producer=model.producer, pool_bytes=pool_bytes)
+def _open(url: str, model: Model, pool_bytes: int, share: str) -> Cache:
+    return open_cache(url, namespace=model.namespace, producer=model.producer, pool_bytes=pool_bytes, share=share)
 
 
 def _check_same_model(cache: Cache | None, model: Model) -> None:

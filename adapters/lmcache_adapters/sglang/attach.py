@@ -49,7 +49,11 @@ def open_engine_cache(facts: EngineFacts, settings: Settings, page_size: int, dt
     namespace, producer = namespace_and_producer(facts, page_size, dtype, settings.grid)
     group = namespace.spec.groups[0]
     cache = open_cache(
-        settings.url.split(), namespace=namespace, producer=producer, pool_bytes=settings.config.pool_bytes
+        settings.url.split(),
+        namespace=namespace,
+        producer=producer,
+        share=settings.config.share,
+        pool_bytes=settings.config.pool_bytes,
     )
     _log.info("namespace %s, producer %s, %s", namespace.id, producer.name, settings.url)
     _log.info("SGLang tells neither tokens nor tenants: no quotas here, and a daemon with require_salt serves nothing")

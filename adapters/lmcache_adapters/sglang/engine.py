@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import IO, Any
 
 from lmcache_adapters.launch import sglang_extra, sglang_linker
-from lmcache_adapters.process import TOP, Answer, pairs, take_stdout
+from lmcache_adapters.process import TOP, Answer, margin, pairs, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
 
@@ -153,8 +153,9 @@ class Engine:
             "finish_reason": reason,
         }
         if logits:
-            top = meta["output_top_logprobs"][0]
-            answer["top"] = [[token, chance] for chance, token, *_ in top]
+            tops = meta["output_top_logprobs"]
+            answer["top"] = [[token, chance] for chance, token, *_ in tops[0]]
+            answer["margins"] = [margin([chance for chance, *_ in top]) for top in tops]
         return answer
 
     async def tokenize(self, text: str = "", messages: Sequence[dict[str, str]] = ()) -> Answer:
@@ -259,10 +260,10 @@ def _client(server: Any, url: str, extra: dict[str, Any], *, linker: bool) -> An
     facts = EngineFacts(view, ModelConfig.from_server_args(server), int(view.tp_size), 0)
     width = int(view.page_size)
     read = read_linker_settings if linker else read_settings
-    grid = read({**extra, "chunk_tokens": width}, width).grid
+    settings = read({**extra, "chunk_tokens": width}, width)
     dtype = str(facts.model.dtype).removeprefix("torch.")
-    namespace, producer = namespace_and_producer(facts, width, dtype, grid)
-    return open_cache(url, namespace=namespace, producer=producer)
+    namespace, producer = namespace_and_producer(facts, width, dtype, settings.grid)
+    return open_cache(url, namespace=namespace, producer=producer, share=settings.config.share)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

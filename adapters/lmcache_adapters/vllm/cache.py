@@ -22,16 +22,17 @@ def open_for_scheduler(settings: VLLMSettings, engine_id: str, namespace: Namesp
         ConfigError, BackendError: see :func:`lmcache_sdk.open.open_cache`.
     """
     if not settings.has_own_daemon:
-        return open_cache(settings.url, namespace=namespace, producer=producer)
+        return open_cache(settings.url, namespace=namespace, producer=producer, share=settings.config.share)
     private = start_private(settings.url.split(), settings.config.pool_bytes, socket=_own_socket(engine_id))
-    return PrivateCache(private, namespace, producer)
+    return PrivateCache(private, namespace, producer, share=settings.config.share)
 
 
 def open_for_worker(settings: VLLMSettings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
     """The same cache. A daemon of the engine's own may not be there yet: workers come first."""
     if not settings.has_own_daemon:
-        return open_cache(settings.url, namespace=namespace, producer=producer)
-    return DaemonCache(_own_socket(engine_id), namespace, producer, starts_later=True)
+        return open_cache(settings.url, namespace=namespace, producer=producer, share=settings.config.share)
+    socket, share = _own_socket(engine_id), settings.config.share
+    return DaemonCache(socket, namespace, producer, share=share, starts_later=True)
 
 
 def _own_socket(engine_id: str) -> Path:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from lmcache_adapters.launch import vllm_transfer
-from lmcache_adapters.process import TOP, Answer, pairs, take_stdout
+from lmcache_adapters.process import TOP, Answer, margin, pairs, take_stdout
 from lmcache_sdk.errors import ConfigError, LMCacheSDKError
 from lmcache_sdk.observe.logs import log_to_stderr
 
@@ -192,6 +192,7 @@ class Engine:
                 }
                 if running.top is not None:
                     answer["top"] = running.top
+                    answer["margins"] = [margin([one.logprob for one in top.values()]) for top in reply.logprobs]
                 self._answer({"id": running.number, **answer})
 
     def tokenize(self, text: str = "", messages: Sequence[dict[str, str]] = ()) -> Answer:

@@ -1,0 +1,311 @@
+"""Which producers of a namespace read each other's chunks, and the proof that they may.
+
+KV that two engines computed of the same tokens is the same but for rounding, unless one of them has another convention:
+then it is garbage that nothing else would show. So what both have stored is compared, until enough of it agrees; and a
+part of it for ever. See ``docs/concepts.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from lmcache_sdk.api import PairStats
+from lmcache_sdk.core import Source
+from lmcache_sdk.jobs import OpenSpace
+from lmcache_sdk.keys import Chain, Origin
+from lmcache_sdk.observe.logs import logger
+from lmcache_sdk.spec import KVSpec, Producer, Share
+from lmcache_sdk.workers import Worker
+
+_log = logger("sharing")
+
+# Of the relative error of each layer, in one chunk. Seen between engines in bfloat16 (SmolLM2, 30 layers, 64 tokens):
+# up to 0.0149 for K and 0.0332 for V; with weights that are slightly different, 0.14 and 0.31 or more.
+BOUNDS = {"k": 0.03, "v": 0.06, "latent": 0.06}
+LEAVE_OUT = 64  # of the prefixes that an engine could have from others, one in so many it computes for the comparison
+_ENOUGH = 3  # chunks that agree
+_REMEMBERED = 64  # positions and digests of a pair
+_MOST_PRODUCERS = 32  # of a namespace
+_MOST_SOURCES = 8  # of one lookup
+_MOST_WAITING = 256  # comparisons; beyond it none is begun
+_MOST_TRIED = 4096
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What stores that share a tier tell each other of a namespace, in its manifest. It only grows, so that nothing is
+    lost for long if two of them write at once.
+
+    Attributes:
+        closed: pairs of producers' ids that disagree, each in order.
+    """
+
+    producers: tuple[Producer, ...] = ()
+    closed: tuple[tuple[str, str], ...] = ()
+
+    def joined(self, other: Known) -> Known:
+        producers = {producer.id: producer for producer in (*self.producers, *other.producers)}
+        kept = sorted(producers.values(), key=lambda producer: producer.id)[:_MOST_PRODUCERS]
+        return Known(tuple(kept), tuple(sorted({*self.closed, *other.closed})))
+
+
+@dataclass
+class Pair:
+    """Two producers of a namespace.
+
+    Attributes:
+        positions, digests: of the chunks that agreed, as many as matter.
+        tried: digests that need not be looked at again soon.
+        worst: role -> the largest relative error of a layer.
+        why: they cannot be compared.
+    """
+
+    namespace: str
+    names: tuple[str, str]
+    chunk_tokens: int
+    why: str = ""
+    closed: bool = False
+    compared: int = 0
+    failed: int = 0
+    positions: set[int] = field(default_factory=set)
+    digests: set[bytes] = field(default_factory=set)
+    tried: set[bytes] = field(default_factory=set)
+    worst: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Up to which position chunks are served, in tokens: as far as the deepest that agreed, once three have, one of
+        them the first of a request.
+        """
+        enough = 0 in self.positions and len(self.positions) >= _ENOUGH
+        return max(self.positions) + self.chunk_tokens if enough and not self.closed else 0
+
+    @property
+    def state(self) -> str:
+        if self.closed:
+            return "closed"
+        return "open" if self.depth or len(self.digests) >= _ENOUGH else "checking"
+
+    def reach(self, chain: Chain) -> int:
+        """How many chunks of a request may be served. Where its positions are not known, any, once some agreed."""
+        if self.closed:
+            return 0
+        if chain.positions_known:
+            return min(len(chain), self.depth // self.chunk_tokens)
+        return len(chain) if len(self.digests) >= _ENOUGH else 0
+
+    def wants(self, digest: bytes, position: int, *, stored: bool) -> bool:
+        """Whether to compare a chunk that has been stored just now, or was found."""
+        if self.closed or self.why:
+            return False
+        return stored or (digest not in self.tried and (self.state == "checking" or position >= self.depth))
+
+    def note(self, digest: bytes, position: int, errors: Mapping[str, float]) -> bool:
+        """A chunk has been compared; whether they agree."""
+        self.compared += 1
+        self.worst = {role: max(error, self.worst.get(role, 0.0)) for role, error in errors.items()}
+        if not all(error < BOUNDS[role] for role, error in errors.items()):  # nor if it is no number
+            self.failed += 1
+            self.closed = True
+            return False
+        if position >= 0 and (len(self.positions) < _REMEMBERED or position > max(self.positions)):
+            self.positions.add(position)
+        if len(self.digests) < _REMEMBERED:
+            self.digests.add(digest)
+        return True
+
+
+class Sharing:
+    """The producers of each namespace, and what is known of each two of them. The store's lock guards it.
+
+    Attributes:
+        closed: by namespace, pairs of producers' ids that disagree, for good.
+    """
+
+    def __init__(self) -> None:
+        self._families: dict[str, dict[str, OpenSpace]] = {}  # by namespace and producer: what is exact
+        self._pairs: dict[tuple[str, str, str], Pair] = {}
+        self.closed: dict[str, set[tuple[str, str]]] = {}
+
+    def join(self, opened: OpenSpace) -> None:
+        """Native forms are no one's but an engine's own."""
+        if opened.namespace.form != "canonical":
+            return
+        family = self._families.setdefault(opened.namespace.id, {})
+        if len(family) < _MOST_PRODUCERS:
+            family[opened.producer.id] = opened
+            for other in self.others(opened):
+                self.pair(opened, other)
+
+    def leave(self, opened: OpenSpace) -> None:
+        family = self._families.get(opened.namespace.id, {})
+        if family.get(opened.producer.id) is not opened:
+            return
+        del family[opened.producer.id]
+        if not family:
+            del self._families[opened.namespace.id]
+        for key, pair in list(self._pairs.items()):
+            if key[0] == opened.namespace.id and opened.producer.id in key and not pair.closed:
+                del self._pairs[key]
+
+    def others(self, opened: OpenSpace) -> list[OpenSpace]:
+        family = self._families.get(opened.namespace.id, {})
+        if opened.producer.id not in family:
+            return []
+        return [other for other in family.values() if other.producer != opened.producer]
+
+    def pair(self, one: OpenSpace, other: OpenSpace) -> Pair:
+        namespace = one.namespace
+        first, second = sorted((one.producer, other.producer), key=lambda producer: producer.id)
+        pair = self._pairs.get((namespace.id, first.id, second.id))
+        if pair is None:
+            dtypes = sorted({group.dtype for group in namespace.spec.groups} - set(_FLOATS))
+            why = f"{', '.join(dtypes)} is not compared" if dtypes else ""
+            pair = Pair(namespace.id, (first.name, second.name), namespace.spec.chunk_tokens, why)
+            pair.closed = (first.id, second.id) in self.closed.get(namespace.id, ())
+            self._pairs[namespace.id, first.id, second.id] = pair
+        return pair
+
+    def is_shared(self, origin: Origin) -> bool:
+        """Whether there is anybody to share with."""
+        return len(self._families.get(origin.namespace, ())) > 1
+
+    def sources(self, opened: OpenSpace, chain: Chain, share: Share) -> list[Source]:
+        """The others from whom chunks may come that an engine's own producer lacks."""
+        found: list[Source] = []
+        if share is Share.OWN or not self.is_shared(opened.space.origin):
+            return found
+        for other in self.others(opened):
+            reach = len(chain) if share is Share.ANY else self.pair(opened, other).reach(chain)
+            if reach:
+                found.append(Source(other.space, reach))
+        return found[:_MOST_SOURCES]
+
+    def wanted(
+        self, opened: OpenSpace, chunks: Sequence[tuple[bytes, int]], *, stored: bool
+    ) -> list[tuple[OpenSpace, bytes, int]]:
+        """With whose to compare which of some chunks (digest, position)."""
+        found = []
+        for other in self.others(opened):
+            pair = self.pair(opened, other)
+            for digest, position in chunks:
+                if pair.wants(digest, position, stored=stored):
+                    pair.tried.add(digest)
+                    found.append((other, digest, position))
+            if len(pair.tried) > _MOST_TRIED:
+                pair.tried.clear()
+        return found
+
+    def is_sound(self, opened: OpenSpace) -> bool:
+        """Whether what was computed behind others' chunks may still be read: not if one of these has been closed."""
+        return not any(opened.producer.id in pair for pair in self.closed.get(opened.namespace.id, ()))
+
+    def close(self, one: OpenSpace, other: OpenSpace) -> None:
+        """For good."""
+        first, second = sorted((one.producer.id, other.producer.id))
+        self.closed.setdefault(one.namespace.id, set()).add((first, second))
+        self.pair(one, other).closed = True
+
+    def known(self, namespace: str) -> Known:
+        """For other stores, and the next life of this one."""
+        producers = tuple(opened.producer for opened in self._families.get(namespace, {}).values())
+        return Known(producers, tuple(self.closed.get(namespace, ())))
+
+    def learn(self, namespace: str, known: Known) -> None:
+        """What is closed elsewhere is closed here."""
+        if known.closed:
+            self.closed.setdefault(namespace, set()).update(known.closed)
+        for first, second in known.closed:
+            pair = self._pairs.get((namespace, first, second))
+            if pair is not None:
+                pair.closed = True
+        for (where, *_), pair in self._pairs.items():
+            if where == namespace:
+                pair.tried.clear()
+
+    def stats(self) -> tuple[PairStats, ...]:
+        return tuple(
+            PairStats(p.namespace, p.names, p.state, p.compared, p.failed, p.depth, dict(p.worst), p.why)
+            for p in self._pairs.values()
+        )
+
+
+def first_middle_last(count: int) -> list[int]:
+    """Of so many chunks, those that are compared."""
+    return sorted({0, count // 2, count - 1}) if count else []
+
+
+class OverlapCheck:
+    """Compares what producers have stored of the same tokens, in a thread of its own.
+
+    Args:
+        copy: the cells of a chunk, from the pool or a tier; None if it is not there.
+        tell: what has come of a comparison: the two, digest, position, errors.
+    """
+
+    def __init__(
+        self,
+        copy: Callable[[OpenSpace, bytes], list[npt.NDArray[np.uint8]] | None],
+        tell: Callable[[OpenSpace, OpenSpace, bytes, int, Mapping[str, float]], None],
+    ) -> None:
+        self.worker = Worker("overlap")
+        self._ended = False
+        self._copy = copy
+        self._tell = tell
+
+    def begin(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
+        """Unless too many wait; another chunk will do."""
+        if self.worker.waiting < _MOST_WAITING:
+            self.worker.submit(lambda: self._compare(one, other, digest, position))
+
+    def end(self, deadline: float) -> None:
+        """Compare no more: the tiers are about to be closed."""
+        self._ended = True
+        self.worker.stop()
+        self.worker.join(deadline)
+
+    def _compare(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
+        if self._ended:
+            return
+        theirs = self._copy(other, digest)
+        ours = self._copy(one, digest) if theirs is not None else None
+        if ours is not None and theirs is not None:
+            self._tell(one, other, digest, position, relative_errors(one.spec, ours, theirs))
+
+
+def relative_errors(
+    spec: KVSpec, ours: Sequence[npt.NDArray[np.uint8]], theirs: Sequence[npt.NDArray[np.uint8]]
+) -> dict[str, float]:
+    """Role -> the largest relative error (Frobenius norm) of a layer, between two chunks.
+
+    Args:
+        ours, theirs: the bytes of each cell, in canonical form.
+    """
+    sums: dict[tuple[str, int, str], npt.NDArray[np.float64]] = {}
+    for cell, our, their in zip(spec.cells, ours, theirs, strict=True):
+        group = spec.group(cell.group)
+        shape = (len(cell.layers), len(group.roles), -1)
+        a, b = (_floats(data, group.dtype).reshape(shape).astype(np.float64) for data in (our, their))
+        with np.errstate(all="ignore"):  # what is no number is no agreement
+            squares = np.stack([((a - b) ** 2).sum(-1), (a**2).sum(-1)])
+        for at, layer in enumerate(cell.layers):
+            for number, role in enumerate(group.roles):
+                key = (cell.group, layer, role)
+                sums[key] = sums.get(key, np.zeros(2)) + squares[:, at, number]
+    worst: dict[str, float] = {}
+    for (_, _, role), (difference, size) in sums.items():
+        error = math.sqrt(difference / size) if size > 0 else (math.inf if difference != 0 else 0.0)
+        worst[role] = max(worst.get(role, 0.0), math.inf if math.isnan(error) else error)
+    return worst
+
+
+def _floats(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (data.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    return data.view("<f2" if dtype == "float16" else "<f4").astype("<f4")

@@ -1,0 +1,103 @@
+"""Chunks of other producers, between processes: engines, their workers, lives of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lmcache_sdk.daemon.client import DaemonCache
+from lmcache_sdk.pool.shared import SharedPool
+from lmcache_sdk.spec import Producer, Share
+from tests.core.served import Served, command
+from tests.core.test_sharing import CHUNK, NAMESPACE, ONE, TWO, overlap_of, read, shifted, text, write
+from tests.daemon.daemon_process import until
+
+
+class Place(Served):
+    def begin(self) -> None:
+        self.start("--tier", f"lmdb://{self.folder}/store?size=64MiB")
+
+    def engine(self, producer: Producer, share: str = Share.VERIFIED) -> DaemonCache:
+        return DaemonCache(self.socket, NAMESPACE, producer, share=share, call_timeout_s=5.0)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    place = Place()
+    try:
+        place.begin()
+        yield place
+    finally:
+        place.close()
+
+
+def state(cache: DaemonCache) -> list[str]:
+    return [pair.state for pair in cache.stats().pairs]
+
+
+def test_engines_of_one_daemon(place: Place) -> None:
+    one, two, other = place.engine(ONE), place.engine(TWO), text(2, 6)
+    write(one, other)
+    assert read(two, other) == ([], "")
+    overlap_of(one, two)
+    until(lambda: state(two) == ["open"])
+    assert read(two, other) == (["one"] * 6, "foreign")
+    shown = command("status", "--socket", place.socket).stdout
+    assert "one-1-cpu and two-1-cpu  open" in shown.replace("two-1-cpu and one-1-cpu", "one-1-cpu and two-1-cpu")
+    (pair,) = place.status()["stats"]["pairs"]
+    assert (pair["state"], pair["depth"]) == ("open", 9 * CHUNK)
+    assert place.status()["stats"]["counters"]["lmcache_foreign_chunks_total"] == 6
+    for cache in (one, two):
+        cache.close()
+
+
+def test_a_producer_that_is_wrong(place: Place) -> None:
+    one, two, other = place.engine(ONE), place.engine(TWO), text(2, 6)
+    write(one, other)
+    overlap_of(one, two, change=shifted)
+    until(lambda: state(two) == ["closed"])
+    assert read(two, other) == ([], "")
+    assert read(place.engine(TWO, "own"), other) == ([], "")
+    assert read(place.engine(TWO, "any"), other) == (["one"] * 6, "foreign")
+    one.close()
+    place.stop()
+    place.begin()
+    until(lambda: two.connected)
+    until(lambda: state(two) == ["closed"])
+    assert read(two, other) == ([], "")
+    two.close()
+
+
+def test_a_worker_that_has_loaded_foreign_chunks_stores_none_as_exact(place: Place) -> None:
+    """The scheduler claims, another process copies and stores; and the daemon is another one by then."""
+    one, scheduler, worker, chain = place.engine(ONE), place.engine(TWO, "any"), place.engine(TWO, "any"), text(1, 8)
+    write(one, chain, 0, 4)
+    scheduler.lookup("r", chain)
+    ticket = scheduler.claim("r", scheduler.wait("r", 10).chunks)
+    assert ticket is not None and worker.take(ticket)
+    worker.release(ticket)
+    one.drain(10)
+    place.stop(9)
+    place.begin()
+    until(lambda: worker.connected and scheduler.connected)
+    assert write(worker, chain) >= 4
+    spaces = {(s["producer"], s["fidelity"]): s["chunks"] for s in place.status()["namespaces"]}
+    assert spaces[TWO.name, "foreign.any"] >= 4 and not spaces.get((TWO.name, "exact"))
+    for cache in (one, scheduler, worker):
+        cache.close()
+
+
+def test_from_the_tier_of_an_earlier_daemon(place: Place) -> None:
+    one, chain = place.engine(ONE), text(1, 6)
+    write(one, chain)
+    assert one.drain(10)
+    one.close()
+    place.stop()
+    place.process = None
+    SharedPool.remove(place.pool)
+    place.begin()
+    two = place.engine(TWO, "any")
+    until(lambda: len(two.stats().pairs) == 1)
+    assert read(two, chain) == (["one"] * 6, "foreign")
+    two.close()
