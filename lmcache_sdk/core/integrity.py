@@ -46,8 +46,10 @@ def _check_requests(core: Core) -> None:
             found = request.entries[: request.limit]
             assert request.pending == sum(e is not None and e.state is EntryState.LOADING for e in found) > 0
         if request.state is RequestState.READY:
-            assert request.holds == request.last_of_runs(request.limit)
-            assert request.holds[0] is request.entries[request.limit - 1]
+            alive = [entry for entry in request.entries[: request.limit] if entry is not None]
+            followers = [entry.space for entry in alive[1:]]
+            last = [entry for entry, space in zip(alive, [*followers, None], strict=True) if entry.space is not space]
+            assert request.holds == last[::-1], "the last of each run"
             for position, entry in enumerate(request.entries[: request.limit]):
                 assert entry is not None and entry.space is request.space_of(position), "not from where it may come"
         if request.state is RequestState.WALKING:

@@ -489,11 +489,13 @@ def test_one_closed_pair_is_the_end_of_what_was_derived(world: World) -> None:
     assert not write(two, chain), "nobody would read it"
 
 
-def test_who_is_closed_elsewhere_is_closed_here(world: World) -> None:
+def test_who_is_closed_stays_so_however_late_they_come() -> None:
     first, second = sorted((ONE.id, TWO.id))
-    world.store._sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
-    overlap(world, world.engine(ONE), world.engine(TWO))
-    assert (only(world).state, only(world).compared) == ("closed", 0)
+    with closing(Store(pool_bytes=1 << 20)) as store:
+        store._sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
+        for producer in (ONE, TWO):
+            LocalCache(store, NAMESPACE, producer)
+        assert [pair.state for pair in store.stats().pairs] == ["closed"]
 
 
 def test_beyond_its_bound_a_lineage_calls_nothing_exact() -> None:
