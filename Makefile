@@ -6,7 +6,7 @@ TOOLS = $(PYTHON) tools/environments.py run tools --
 NOX = $(TOOLS) nox
 
 # make test ENGINE=hf: that engine's suite only, beside those without an engine.
-ENGINES = hf vllm
+ENGINES = hf vllm sglang cross
 SUITES = lint bare core daemon backends kernels $(or $(ENGINE),$(ENGINES))
 
 .PHONY: help demo test test-fast test-full soak lint bench nox clean

@@ -18,7 +18,18 @@ import environments
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "bare", "core", "daemon", "backends", "kernels", "hf", "vllm"]
+nox.options.sessions = [
+    "lint",
+    "bare",
+    "core",
+    "daemon",
+    "backends",
+    "kernels",
+    "hf",
+    "vllm",
+    "sglang",
+    "cross",
+]
 
 TEST_VARIABLES = {
     # OpenMP threads that spin while they wait take the cores from each other on a small machine.
