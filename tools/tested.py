@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "tested.json"
-PAGES = {"vllm": ROOT / "docs" / "vllm.md"}
+PAGES = {engine: ROOT / "docs" / f"{engine}.md" for engine in ("vllm", "sglang")}
 HEAD = "| version | torch | Python | machine | tests passed | skipped |\n|---|---|---|---|---|---|\n"
 PLACE = re.compile(r"(<!-- tested -->\n).*?(<!-- /tested -->)", re.DOTALL)
 
