@@ -20,14 +20,20 @@ import numpy as np
 
 from benchmarks.harness import Row, at_least, paired, timed
 from benchmarks.memory import DIM, HEADS, LAYERS, NBYTES, ROW_BYTES, TOKENS
+from benchmarks.prompts import PRODUCER, namespace, tokens
+from lmcache_sdk import open_cache
+from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.errors import LMCacheSDKError
 from lmcache_sdk.kernels import CopyStream, DeviceKernels, Room, describe_kernels, host_buffer, kernels_for
+from lmcache_sdk.keys import Chain
 from lmcache_sdk.layout import KVLayout, Plane, Strides
 
 CHUNK_TOKENS = 256
 # Tokens of a page, for runs of 2 KiB to 512 KiB, and what is asked for from 32 KiB on.
 PAGES = ((1, 0.0), (4, 0.0), (16, 0.9), (64, 0.9), (256, 0.9))
 BOTH_WAYS = 0.8
+# As an engine has them.
+CONNECTOR_TOKENS, CONNECTOR_PAGE = 64, 16
 
 
 def _layout(room: Room, page: int, device: str) -> KVLayout:
@@ -173,6 +179,59 @@ def _rows_of(kernels: DeviceKernels, device: str, repeats: int) -> Iterator[Row]
         kernels.unpin(buffer)
 
 
+def through_connector(kernels: DeviceKernels, device: str, repeats: int) -> Iterator[Row]:
+    """Whole prompts as an engine asks for them, lookup and lease included: chunks of 64 tokens, a load layer by layer.
+
+    Pool memory is registered, if the kernels do not prefer to stage; each store evicts an older prompt.
+    """
+    room, plain = kernels.allocate(device, NBYTES), host_buffer(NBYTES)
+    layout, queue = _layout(room, CONNECTOR_PAGE, device), kernels.stream(device)
+    at_once = _at_once(kernels, room, device, plain)
+
+    def write(layer: int, slots: Any, k: Any, v: Any) -> None:
+        kernels.scatter(layout.planes_of("full", (layer,)), (0, HEADS), kernels.plan(layout, slots), np.append(k, v))
+
+    prompts = (Chain(tokens(seed, TOKENS), CONNECTOR_TOKENS) for seed in itertools.count())
+    pages = np.random.default_rng(0).permutation(TOKENS // CONNECTOR_PAGE)
+    slots = np.add.outer(pages * CONNECTOR_PAGE, np.arange(CONNECTOR_PAGE)).reshape(-1)
+    space = namespace(CONNECTOR_TOKENS, LAYERS, HEADS, DIM)
+    cache = open_cache("memory://", namespace=space, producer=PRODUCER, pool_bytes=5 * NBYTES // 2)
+    connector = GPUConnector(cache, layout, write_op=write, kernels=kernels)
+    last = next(prompts)
+
+    def store() -> None:
+        nonlocal last
+        last = next(prompts)
+        transfer = connector.store("store", last, 0, slots)
+        assert transfer.wait(60) and not transfer.failed_chunks()
+
+    def load() -> None:
+        found = cache.lookup("load", last)
+        ticket = cache.claim("load", found.chunks)
+        assert ticket is not None and found.chunks == len(last), found
+        transfer = connector.load(ticket, slots)
+        assert transfer.wait(60) and not transfer.failed_chunks()
+        cache.forget("load")
+
+    store()
+    ticket = cache.claim("boot", cache.lookup("boot", last).chunks)
+    assert ticket is not None
+    cache.forget("boot")
+    # What the connector does in the background is then soon done.
+    pinned = [plain, *(() if kernels.prefers_staging else cache.segments(ticket.boot))]
+    assert all(kernels.pin(buffer) for buffer in pinned)
+    connector.load(ticket, slots).wait(60)
+    run = f"chunks of {CONNECTOR_TOKENS} tokens, pages of {CONNECTOR_PAGE}"
+    for name, mine, verb in (("store", store, queue.gather), ("load", load, queue.scatter)):
+        reference = partial(_ended, [queue], partial(at_once, verb))
+        result = paired(mine, reference, NBYTES, repeats, lambda: cache.drain(10))
+        yield at_least(f"{device} connector {name}, {run} / one transfer", result)
+    connector.close()
+    for buffer in pinned:
+        kernels.unpin(buffer)
+    cache.close()
+
+
 def rows(repeats: int = 9) -> Iterator[Row]:
     """Gather and scatter of 4,096 tokens, 32 layers, 8 heads of 128, bf16, NHD, chunks of 256: 512 MiB each run."""
     for kind in describe_kernels():
@@ -180,5 +239,6 @@ def rows(repeats: int = 9) -> Iterator[Row]:
             kernels = kernels_for(kind)
             if isinstance(kernels, DeviceKernels):
                 yield from _rows_of(kernels, f"{kind}:0", repeats)
+                yield from through_connector(kernels, f"{kind}:0", repeats)
         except LMCacheSDKError as error:
             print(f"no rows for {kind}: {error}", file=sys.stderr)

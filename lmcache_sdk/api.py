@@ -259,8 +259,8 @@ class Cache(Protocol):
         """Remove the chunks of the chain, from the tiers too; the answer is how many were removed from the pool."""
         ...
 
-    def clear(self) -> int:
-        """Remove all chunks of this namespace and producer that nobody holds; the answer is how many."""
+    def clear(self) -> int | None:
+        """Remove all chunks of this namespace and producer; the answer is how many, or None: some may be left."""
         ...
 
     def stats(self) -> Stats: ...

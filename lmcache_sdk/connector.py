@@ -67,10 +67,16 @@ class CopyTransfer:
         return sorted(self._failed)
 
     def ready_on(self, layer: int, stream: Any) -> None:
-        """The host waits until the copy is queued; on the CPU, which has no streams, until it is done."""
+        """The host waits until the copy is queued; on the CPU, which has no streams, until it is done. Raises nothing:
+        should the device fail, the transfer has.
+        """
         event = self._at(layer, None)
-        if event is not None:
-            event.hold(stream)
+        try:
+            if event is not None:
+                event.hold(stream)
+        except DeviceError as error:
+            _log.error("layer %d was not loaded: %s", layer, error)
+            self.fail_all()
 
     def wait_layer(self, layer: int, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -263,8 +269,13 @@ class GPUConnector:
         if isinstance(self._kernels, DeviceKernels):
             self._whole_cells = self._cut_steps(staging_bytes // 4)
             self._segments = _segments(self._kernels, pinning)
-            streams = [self._pooled(self._kernels, staging_bytes) for _ in range(2)]
-            self._loads, self._stores = map(_Lane, streams)
+            first = self._pooled(self._kernels, staging_bytes)
+            try:
+                second = self._pooled(self._kernels, staging_bytes)
+            except BaseException:
+                first.close()
+                raise
+            self._loads, self._stores = _Lane(first), _Lane(second)
         else:
             self._loads = self._stores = _Lane(HostStream(self._kernels))
 
@@ -340,7 +351,7 @@ class GPUConnector:
             return self._lock.wait_for(lambda: not self._open, timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """End the threads after what was asked for; False if one is still busy. Idempotent."""
+        """End the threads after what was asked for; False if one is still busy by then. Idempotent."""
         deadline = time.monotonic() + timeout_s
         lanes = {self._loads, self._stores}
         with self._lock:
@@ -349,9 +360,9 @@ class GPUConnector:
                 for lane in lanes:
                     lane.end()
         busy = [lane for lane in lanes if not lane.ended(deadline - time.monotonic())]
-        if not busy and self._segments is not None and not any(lane.stream.broken for lane in lanes):
-            self._segments.close()
-        return not busy
+        if busy or self._segments is None or self._broken():
+            return not busy
+        return self._segments.close(deadline - time.monotonic())
 
     # On the copy threads
 
@@ -493,12 +504,16 @@ class GPUConnector:
         """The segments, of which a device hears; of those of an earlier life that is over it is told, too."""
         if self._segments is not None:
             self._segments.add(boot, segments)
-            with self._lock:
-                alone = len(self._open) == 1
-            for earlier in self._segments.boots() if alone else ():
-                if earlier != boot and not self._cache.segments(earlier):
-                    self._segments.remove(earlier)
+            earlier = [life for life in self._segments.boots() if life != boot]
+            over = [life for life in earlier if not self._cache.segments(life)]
+            with self._lock:  # a transfer that was asked for meanwhile may copy from and to them
+                for life in over if len(self._open) == 1 and not self._broken() else ():
+                    self._segments.remove(life)
         return segments
+
+    def _broken(self) -> bool:
+        """Whether copies may be under way for ever."""
+        return self._loads.stream.broken or self._stores.stream.broken
 
     def _pooled(self, kernels: DeviceKernels, staging_bytes: int) -> PooledStream:
         largest = max(step.end - step.start for step in (*self._steps, *self._whole_cells))

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import threading
+
 from lmcache_sdk.api import Ticket
 from lmcache_sdk.keys import Chain
 
 _MOST = 1 << 18  # digests
+_MOST_KEPT = 64  # lineages of a process
+_kept: dict[str, Lineage] = {}
+_keeping = threading.Lock()
 
 
 class Lineage:
-    """Of one cache, and so of one engine's process. An engine may keep blocks and give them to other requests, and does
-    not tell when they are gone: so nothing is forgotten here, and beyond a bound nothing counts as exact any more.
+    """Of one engine's process. An engine may keep blocks and give them to other requests, and does not tell when they
+    are gone: so nothing is forgotten here, and beyond a bound nothing counts as exact any more.
+
+    Args:
+        most: digests.
+        splits_chunks: the engine may give a part of a chunk to another request, whose own chunk then has a digest that
+            tells nothing of it: once it has loaded what is not exact, nothing counts as exact any more.
     """
 
-    def __init__(self, most: int = _MOST) -> None:
-        self._most = most
+    def __init__(self, most: int = _MOST, *, splits_chunks: bool = False) -> None:
+        self._most = 1 if splits_chunks else most
         self._inexact: set[bytes] = set()
+
+    @classmethod
+    def of_process(cls, namespace: str) -> Lineage:
+        """The one of all caches of this process for a namespace, by its id; it outlives them, as what an engine keeps
+        may do.
+        """
+        with _keeping:
+            if len(_kept) >= _MOST_KEPT and namespace not in _kept:
+                namespace = ""  # all further ones are one
+            return _kept.setdefault(namespace, cls())
 
     def loaded(self, ticket: Ticket) -> None:
         """The engine gets these chunks. All that lies behind the first one of them that is not exact has that one's

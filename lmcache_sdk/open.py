@@ -22,12 +22,21 @@ class LocalCache:
 
     Args:
         store: closed with this cache.
+        lineage: what the engine's memory holds; by default that of this cache alone.
     """
 
-    def __init__(self, store: Store, namespace: Namespace, producer: Producer, *, share: str = Share.VERIFIED) -> None:
+    def __init__(
+        self,
+        store: Store,
+        namespace: Namespace,
+        producer: Producer,
+        *,
+        share: str = Share.VERIFIED,
+        lineage: Lineage | None = None,
+    ) -> None:
         self.store = store
         self._share = Share.of(share)
-        self._lineage = Lineage()
+        self._lineage = lineage or Lineage()
         self._opened = store.open_space(namespace, producer)
 
     @property
@@ -112,6 +121,7 @@ def open_cache(
     limits: Limits | None = None,
     shared: bool = False,
     share: str = Share.VERIFIED,
+    lineage: Lineage | None = None,
 ) -> LocalCache | DaemonCache:
     """The cache that a URL names: a daemon (``unix:///path/of/socket``), or a store with a pool in this process.
 
@@ -122,6 +132,7 @@ def open_cache(
         shared: other processes than this one will copy, too (workers of an engine). A store then gets a daemon of its
             own, which has a pool of ``pool_bytes`` and ends with the cache, or with this process.
         share: whose chunks are loaded beside the producer's own, see :class:`~lmcache_sdk.spec.Share`.
+        lineage: what the engine's memory holds; by default that of this cache alone.
 
     Raises:
         ConfigError: unknown scheme, bad parameter, a pool too small for one chunk.
@@ -136,16 +147,16 @@ def open_cache(
     if daemons:
         if len(urls) > 1:
             raise ConfigError(f"{daemons[0]!r} is a daemon, which has tiers of its own; give it alone")
-        return DaemonCache(_socket_path(daemons[0]), namespace, producer, share=share)
+        return DaemonCache(_socket_path(daemons[0]), namespace, producer, share=share, lineage=lineage)
     if shared:
         from lmcache_sdk.daemon.private import PrivateCache, start_private
 
-        return PrivateCache(start_private(urls, pool_bytes), namespace, producer, share=share)
+        return PrivateCache(start_private(urls, pool_bytes), namespace, producer, share=share, lineage=lineage)
     tiers = open_tiers(urls)
     try:
         store = Store(tiers, pool_bytes=pool_bytes, limits=limits)
         try:
-            return LocalCache(store, namespace, producer, share=share)
+            return LocalCache(store, namespace, producer, share=share, lineage=lineage)
         except BaseException:
             store.close(1.0)  # its threads, too
             raise

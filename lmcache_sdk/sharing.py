@@ -61,6 +61,7 @@ class Pair:
 
     Attributes:
         positions, digests: of the chunks that agreed, as many as matter.
+        unplaced: of these digests, those whose position nobody has told; nor is it known to be the first.
         tried: digests that need not be looked at again soon.
         worst: role -> the largest relative error of a layer.
         why: they cannot be compared.
@@ -75,6 +76,7 @@ class Pair:
     failed: int = 0
     positions: set[int] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
+    unplaced: set[bytes] = field(default_factory=set)
     tried: set[bytes] = field(default_factory=set)
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -90,15 +92,13 @@ class Pair:
     def state(self) -> str:
         if self.closed:
             return "closed"
-        return "open" if self.depth or len(self.digests) >= _ENOUGH else "checking"
+        return "open" if self.depth or len(self.unplaced) >= _ENOUGH else "checking"
 
     def reach(self, chain: Chain) -> int:
-        """How many chunks of a request may be served. Where its positions are not known, any, once some agreed."""
-        if self.closed:
-            return 0
+        """How many chunks of a request may be served. Where its positions are not known, all, once the pair is open."""
         if chain.positions_known:
             return min(len(chain), self.depth // self.chunk_tokens)
-        return len(chain) if len(self.digests) >= _ENOUGH else 0
+        return len(chain) if self.state == "open" else 0
 
     def wants(self, digest: bytes, position: int, *, stored: bool) -> bool:
         """Whether to compare a chunk that has been stored just now, or was found."""
@@ -107,15 +107,21 @@ class Pair:
         return stored or (digest not in self.tried and (self.state == "checking" or position >= self.depth))
 
     def note(self, digest: bytes, position: int, errors: Mapping[str, float]) -> bool:
-        """A chunk has been compared; whether they agree."""
-        self.compared += 1
+        """A chunk has been compared; whether they agree. One that agreed before is not counted again."""
+        known = digest in self.digests
+        agrees = all(error < BOUNDS[role] for role, error in errors.items())  # which what is no number does not
+        self.compared += not (known and agrees)
         self.worst = {role: max(error, self.worst.get(role, 0.0)) for role, error in errors.items()}
-        if not all(error < BOUNDS[role] for role, error in errors.items()):  # nor if it is no number
+        if not agrees:
             self.failed += 1
             self.closed = True
             return False
         if position >= 0 and (len(self.positions) < _REMEMBERED or position > max(self.positions)):
             self.positions.add(position)
+        if position == 0:
+            self.unplaced.discard(digest)
+        elif position < 0 and not known and len(self.unplaced) < _REMEMBERED:
+            self.unplaced.add(digest)
         if len(self.digests) < _REMEMBERED:
             self.digests.add(digest)
         return True
@@ -245,36 +251,38 @@ class OverlapCheck:
     """Compares what producers have stored of the same tokens, in a thread of its own.
 
     Args:
-        copy: the cells of a chunk, from the pool or a tier; None if it is not there.
+        copy: the cells of a chunk, by its digest and position, from the pool or a tier; None if it is not there.
         tell: what has come of a comparison: the two, digest, position, errors.
+
+    Attributes:
+        ended: nothing is compared any more.
     """
 
     def __init__(
         self,
-        copy: Callable[[OpenSpace, bytes], list[npt.NDArray[np.uint8]] | None],
+        copy: Callable[[OpenSpace, bytes, int], list[npt.NDArray[np.uint8]] | None],
         tell: Callable[[OpenSpace, OpenSpace, bytes, int, Mapping[str, float]], None],
     ) -> None:
         self.worker = Worker("overlap")
-        self._ended = False
+        self.ended = False
         self._copy = copy
         self._tell = tell
 
     def begin(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
         """Unless too many wait; another chunk will do."""
-        if self.worker.waiting < _MOST_WAITING:
+        if not self.ended and self.worker.waiting < _MOST_WAITING:
             self.worker.submit(lambda: self._compare(one, other, digest, position))
 
-    def end(self, deadline: float) -> None:
-        """Compare no more: the tiers are about to be closed."""
-        self._ended = True
+    def end(self) -> None:
+        """Compare no more: the tiers are about to be closed. What is being compared may take a moment yet."""
+        self.ended = True
         self.worker.stop()
-        self.worker.join(deadline)
 
     def _compare(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
-        if self._ended:
+        if self.ended:
             return
-        theirs = self._copy(other, digest)
-        ours = self._copy(one, digest) if theirs is not None else None
+        theirs = self._copy(other, digest, position)
+        ours = self._copy(one, digest, position) if theirs is not None and not self.ended else None
         if ours is not None and theirs is not None:
             self._tell(one, other, digest, position, relative_errors(one.spec, ours, theirs))
 

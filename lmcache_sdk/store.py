@@ -254,15 +254,19 @@ class Store:
 
     def claim(self, rid: str, boundary: int, first: int, parts: int) -> Ticket | None:
 
-        def claim() -> tuple[int, list[Entry], Request] | None:
+        def claim() -> tuple[int, list[Entry], Request, list[tuple[OpenSpace, Entry]]] | None:
             claimed = self._core.claim(rid, boundary, first, parts, time.monotonic())
-            return (*claimed, self._core.requests[rid]) if claimed is not None else None
+            if claimed is None:
+                return None
+            request = self._core.requests[rid]
+            used = [(self._spaces[last.space], last) for last in request.last_of_runs(boundary)]
+            return (*claimed, request, used)
 
         claimed = self._event(claim)
         if claimed is None:
             return None
-        lease, entries, request = claimed
-        self._touch_tiers(entries)
+        lease, entries, request, used = claimed
+        self._touch_tiers(used)
         foreign = request.foreign(first, boundary)
         return Ticket(
             lease=lease,
@@ -437,13 +441,29 @@ class Store:
         """
         if not self._closed:
             self._end(time.monotonic() + timeout_s)
-        return not any(worker.alive for worker in (self._overlap.worker, *self._workers()))
+        return not self._in_use()
 
     def _workers(self) -> list[Worker]:
-        return [self._sealer, *self._readers, *self._writers, *self._probers.values()]
+        return [self._overlap.worker, self._sealer, *self._readers, *self._writers, *self._probers.values()]
+
+    def _in_use(self) -> bool:
+        """Whether a call that has not returned may use the pool's memory; to ask a tier what it has takes none."""
+        probers = self._probers.values()
+        return any(worker.alive for worker in self._workers() if worker not in probers)
+
+    def _give_up_requests(self, prefix: str = "") -> None:
+        """Nobody waits any longer for a tier that hangs; nor does it get room when it answers after all."""
+
+        def forget() -> None:
+            for rid in [rid for rid in self._core.requests if rid.startswith(prefix)]:
+                self._core.forget(rid)
+
+        self._event(forget)
+        self._tell_change()
 
     def _end(self, deadline: float) -> None:
-        self._overlap.end(deadline)
+        self._overlap.end()
+        self._give_up_requests(_OVERLAP)
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -451,6 +471,7 @@ class Store:
                 left = [f"{job.kind.value} {len(job.entries)} chunks" for job in self._core.jobs.values()]
             _log.warning("closed with unfinished writes: %d tasks, %s", self._tasks, left)
         self._closed = True
+        self._give_up_requests()
         self._stop.set()
         self._busy.set()
         self._timer.join()
@@ -461,12 +482,10 @@ class Store:
             janitor.stop(deadline)
         for worker in self._workers():
             worker.join(deadline)
-        hung = any(
-            worker.alive for worker in (self._overlap.worker, *self._workers())
-        )  # in a call that may use the memory yet
+        in_use = self._in_use()
         for tier in self.tiers:
             try:
-                if isinstance(tier.backend, RegisterMemory) and not hung:
+                if isinstance(tier.backend, RegisterMemory) and not in_use:
                     for segment in self.pool.segments:
                         tier.backend.unregister_memory(segment.data)
                 tier.backend.close(max(0.1, deadline - time.monotonic()))
@@ -703,10 +722,18 @@ class Store:
         for other, digest, position in wanted:
             self._overlap.begin(opened, other, digest, position)
 
-    def _copy_of(self, opened: OpenSpace, digest: bytes) -> list[npt.NDArray[np.uint8]] | None:
+    def _copy_of(self, opened: OpenSpace, digest: bytes, position: int) -> list[npt.NDArray[np.uint8]] | None:
         """The cells of one chunk, from the pool or a tier; None if it is not there."""
         rid, chain = f"{_OVERLAP}{digest.hex()}", Chain.from_digests([digest], opened.spec.chunk_tokens)
-        request = self._event(lambda: self._core.lookup(opened.space, rid, chain, time.monotonic()))
+
+        def lookup() -> Request | None:
+            if self._overlap.ended or self._spaces.get(opened.space) is not opened:  # closed meanwhile
+                return None
+            return self._core.lookup(opened.space, rid, chain, time.monotonic())
+
+        request = self._event(lookup)
+        if request is None:
+            return None
         try:
             if self.wait(rid, _COPY_S).state is not LookupState.READY:
                 return None
@@ -720,6 +747,8 @@ class Store:
             copies = [np.frombuffer(record, np.uint8, offset=HEADER_BYTES).copy() for record in records]
             with self._lock:  # it was held for the request, all the while
                 held = self._core.requests.get(rid) is request and request.state is RequestState.READY
+                if held and entry.first_position < 0:  # it came from a tier for this, by its digest alone
+                    entry.first_position = position
             return copies if held else None
         finally:
             self._event(lambda: self._core.forget(rid))
@@ -729,12 +758,13 @@ class Store:
     ) -> None:
         with self._lock:
             pair = self._sharing.pair(one, other)
-            before = pair.state
-            if pair.closed or digest in pair.digests:
+            before, known = pair.state, digest in pair.digests
+            if pair.closed:
                 return
             agreed = pair.note(digest, position, errors)
             after = pair.state
-        self.metrics.overlap_chunks.labels("agreed" if agreed else "disagreed").inc()
+        if not (agreed and known):
+            self.metrics.overlap_chunks.labels("agreed" if agreed else "disagreed").inc()
         shown = ", ".join(f"{role} {error:.2g}" for role, error in errors.items())
         if after == "closed" != before:
             _log.error(
@@ -782,11 +812,16 @@ class Store:
         return answer
 
     def _carry_out_all(self, actions: list[Action]) -> None:
-        """None may be lost, whatever comes in between (an interrupt, say): what is left is for the next event."""
+        """None may be lost, whatever comes in between (an interrupt, say): what is left is for the next event. But one
+        that fails would fail in every later event, too.
+        """
         done = 0
         try:
             for action in actions:
-                self._carry_out(action)
+                try:
+                    self._carry_out(action)
+                except Exception:  # noqa: BLE001 - it may be anybody's call
+                    _log.exception("%s failed", type(action).__name__)
                 done += 1
         finally:
             if done < len(actions):
@@ -871,9 +906,9 @@ class Store:
 
     def _probe(self, probe: Probe) -> None:
         request = probe.request
-        opened = self._spaces[probe.source.space]
         count, step, failed = 0, 1, False
         try:
+            opened = self._spaces[probe.source.space]
             while (at := probe.start + count) < probe.source.reach:
                 present = self._jobs.present(probe.tier, opened, request.chain, at, step)
                 count += present
@@ -885,13 +920,14 @@ class Store:
             self._tier_error(probe.tier, error)
         self._event(lambda: self._core.probed(probe, count, time.monotonic(), failed=failed))
 
-    def _touch_tiers(self, entries: Sequence[Entry]) -> None:
-        """A hit in the pool is a use for the tiers as well; else they evict what is used most."""
-        opened = self._spaces[entries[0].space]
+    def _touch_tiers(self, used: Sequence[tuple[OpenSpace, Entry]]) -> None:
+        """A hit in the pool is a use for the tiers as well; else they evict what is used most. ``used``: the last chunk
+        of each run, deepest first.
+        """
 
         def touch(backend: Backend) -> None:
             if isinstance(backend, Touch):
-                backend.touch(self._jobs.keys_to_root(opened, entries[-1]))
+                backend.touch([key for opened, last in used for key in self._jobs.keys_to_root(opened, last)])
 
         for index, tier in enumerate(self.tiers):
             if isinstance(tier.backend, Touch) and self._writers[index].waiting < _TOUCHES:

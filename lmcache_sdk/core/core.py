@@ -638,6 +638,8 @@ class Core:
                 continue
             space = request.space_of(position)
             if previous is not None and previous.space is not space:
+                self.index.hold(previous)  # or room for this run might be made of the one before
+                request.holds.append(previous)
                 previous = space.entries.find(digests[position - 1])
             if entry is None or entry.state is EntryState.DEAD:
                 entry = space.entries.find(digests[position])

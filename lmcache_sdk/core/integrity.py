@@ -52,6 +52,8 @@ def _check_requests(core: Core) -> None:
             assert request.holds == last[::-1], "the last of each run"
             for position, entry in enumerate(request.entries[: request.limit]):
                 assert entry is not None and entry.space is request.space_of(position), "not from where it may come"
+                if request.deletions == request.count_deletions():
+                    assert entry.state is EntryState.PUBLISHED, "not held from the first moment on"
         if request.state is RequestState.WALKING:
             assert any(probe.request is request for probe in core.probes), "nobody asks a tier for it"
 

@@ -87,6 +87,7 @@ class DaemonCache:
 
     Args:
         path: of the daemon's socket. The daemon need not be there (yet).
+        lineage: what the engine's memory holds; by default that of this cache alone.
         call_timeout_s: deadline of every call but ``wait``, ``drain``, ``clear`` and ``close``.
         starts_later: that the daemon is not there yet is as it should be.
 
@@ -102,6 +103,7 @@ class DaemonCache:
         producer: Producer,
         *,
         share: str = Share.VERIFIED,
+        lineage: Lineage | None = None,
         call_timeout_s: float = CALL_TIMEOUT_S,
         starts_later: bool = False,
     ) -> None:
@@ -112,7 +114,7 @@ class DaemonCache:
         self._namespace = namespace
         self._producer = producer
         self._share = Share.of(share)
-        self._lineage = Lineage()  # here and not in the daemon, which may be another life of it later
+        self._lineage = lineage or Lineage()  # here and not in the daemon, which may be another life of it later
         self._cell_bytes = np.array([cell.nbytes for cell in namespace.spec.cells])
         self._timeout_s = call_timeout_s
         self._lock = threading.Condition()
@@ -322,14 +324,17 @@ class DaemonCache:
         pieces = [digests[at : at + size] for at in range(0, len(digests), size)]
         return sum(self._count(p.Delete(b"".join(piece))) for piece in reversed(pieces))
 
-    def clear(self) -> int:
+    def clear(self) -> int | None:
         """Piece by piece, since it holds up everybody: of a pool with very many chunks for up to 60 s. What is left
-        then stays: call it again until the answer is 0.
+        then stays, and the answer is None, as it is when the daemon is lost: call it again.
         """
         total, deadline = 0, time.monotonic() + _CLEAR_S
-        while (removed := self._count(p.Clear())) and time.monotonic() < deadline:
-            total += removed
-        return total + removed
+        while time.monotonic() < deadline:
+            reply = self._call(self._current(), p.Clear(), p.Count)
+            if reply is None or not reply.count:
+                return total if reply is not None else None
+            total += reply.count
+        return None
 
     def stats(self) -> Stats:
         figures = self._call(self._current(), p.Ask(), p.Figures)

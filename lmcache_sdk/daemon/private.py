@@ -24,6 +24,7 @@ from typing import Any
 from lmcache_sdk import errors
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.errors import BackendUnavailable, LMCacheSDKError
+from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.observe.logs import log_to_stderr, logger
 from lmcache_sdk.pool.shared import SharedPool
 from lmcache_sdk.spec import Namespace, Producer, Share
@@ -81,11 +82,17 @@ class PrivateCache(DaemonCache):
     """A Cache in a daemon of its own, which ends with it. See :class:`lmcache_sdk.api.Cache` for the methods."""
 
     def __init__(
-        self, private: PrivateDaemon, namespace: Namespace, producer: Producer, *, share: str = Share.VERIFIED
+        self,
+        private: PrivateDaemon,
+        namespace: Namespace,
+        producer: Producer,
+        *,
+        share: str = Share.VERIFIED,
+        lineage: Lineage | None = None,
     ) -> None:
         self._private = private
         try:
-            super().__init__(private.socket, namespace, producer, share=share)
+            super().__init__(private.socket, namespace, producer, share=share, lineage=lineage)
         except BaseException:
             private.close(1.0)
             raise

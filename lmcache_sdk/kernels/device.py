@@ -37,7 +37,9 @@ class QueuedKernels(ABC):
     def __init__(self) -> None:
         self._registering = threading.Lock()  # held for seconds
         self._pinning = threading.Lock()  # never
-        self._pins: dict[tuple[int, int], int] = {}  # address, bytes -> how often
+        # Address and bytes -> the buffer, as often as it is pinned. Were it not kept, other memory could come to lie
+        # where a buffer is registered that nobody has unpinned.
+        self._pins: dict[tuple[int, int], list[Bytes]] = {}
         self._bouncing = threading.Lock()
         self._bounces: dict[str, _Bounce] = {}  # by device
 
@@ -113,7 +115,7 @@ class QueuedKernels(ABC):
             if error:
                 return Pinned(False, error)
             with self._pinning:
-                self._pins[place] = self._pins.get(place, 0) + 1
+                self._pins.setdefault(place, []).append(buffer)
         return Pinned(True)
 
     def unpin(self, buffer: Bytes) -> None:
@@ -121,10 +123,10 @@ class QueuedKernels(ABC):
         place = _address(buffer), buffer.nbytes
         with self._registering:
             with self._pinning:
-                count = self._pins.pop(place, 0)
-                if count > 1:
-                    self._pins[place] = count - 1
-            if count == 1:
+                pinned = self._pins.pop(place, [])
+                if len(pinned) > 1:
+                    self._pins[place] = pinned[1:]
+            if len(pinned) == 1:
                 self._unregister(place[0])
 
     def _bounce(self, device: str) -> _Bounce:

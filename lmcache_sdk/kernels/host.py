@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lmcache_sdk.errors import DeviceError
@@ -71,8 +72,8 @@ class Segments:
         self._lock = threading.Lock()
         self._known: dict[str, Sequence[Bytes]] = {}
         self._pinned: dict[str, list[Bytes]] = {}  # keeps the memory mapped
-        self._wanted: queue.SimpleQueue[tuple[str, Bytes] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._register, name="lmcache-register", daemon=True)
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="lmcache-register", daemon=True)
 
     def add(self, boot: str, segments: Sequence[Bytes]) -> None:
         """Register what is new. Returns at once."""
@@ -83,15 +84,16 @@ class Segments:
             if not self._thread.ident:
                 self._thread.start()
         for segment in segments:
-            self._wanted.put((boot, segment))
+            self._tasks.put(partial(self._register, boot, segment))
 
     def remove(self, boot: str) -> None:
-        """Unregister the segments of a life of the pool, on which no copy is under way any more."""
+        """Unregister the segments of a life of the pool, on which no copy is under way any more. Returns at once: no
+        copy that begins from now on is a direct one.
+        """
         with self._lock:
             self._known.pop(boot, None)
-            pinned = self._pinned.pop(boot, [])
-        for segment in pinned:
-            self._kernels.unpin(segment)
+            for segment in self._pinned.pop(boot, []):
+                self._tasks.put(partial(self._kernels.unpin, segment))
 
     def boots(self) -> list[str]:
         """The lives of the pool that were added and not removed."""
@@ -108,32 +110,36 @@ class Segments:
             for segment in pinned
         )
 
-    def close(self) -> None:
-        """Unregister everything; returns when a registration that is under way has ended."""
-        self._wanted.put(None)
-        if self._thread.ident:
-            self._thread.join()
+    def close(self, timeout_s: float) -> bool:
+        """Unregister everything. False if that has not ended by then, as a registration takes seconds; it will."""
         for boot in self.boots():
             self.remove(boot)
+        self._tasks.put(None)
+        if self._thread.ident:
+            self._thread.join(max(0.0, timeout_s))
+        return not self._thread.is_alive()
 
-    def _register(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
-            boot, segment = wanted
-            with self._lock:
-                if boot not in self._known:
-                    continue
-            answer = self._kernels.pin(segment)
-            if not answer:
-                _log.warning(
-                    "a segment of %d bytes is not registered, copies are staged: %s", segment.nbytes, answer.why
-                )
-                continue
-            with self._lock:
-                kept = boot in self._known
-                if kept:
-                    self._pinned.setdefault(boot, []).append(segment)
-            if not kept:
-                self._kernels.unpin(segment)
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except Exception:  # noqa: BLE001 - without this thread nothing would be registered any more
+                _log.exception("a segment could not be registered or unregistered; its copies are staged")
+
+    def _register(self, boot: str, segment: Bytes) -> None:
+        with self._lock:
+            if boot not in self._known:
+                return
+        answer = self._kernels.pin(segment)
+        if not answer:
+            _log.warning("a segment of %d bytes is not registered, copies are staged: %s", segment.nbytes, answer.why)
+            return
+        with self._lock:
+            kept = boot in self._known
+            if kept:
+                self._pinned.setdefault(boot, []).append(segment)
+        if not kept:
+            self._kernels.unpin(segment)
 
 
 class _Slot:
@@ -224,7 +230,7 @@ class PooledStream:
             for slot in self._slots[self._next :] + self._slots[: self._next]:
                 slot.settle()
             self._stream.record().wait()
-        except DeviceError:
+        except BaseException:  # of whatever kind: it is not known what has ended
             self.broken = True
             raise
 

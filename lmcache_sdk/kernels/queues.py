@@ -9,12 +9,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmcache_sdk.errors import DeviceError
 from lmcache_sdk.kernels.checks import check_gather, check_scatter
 from lmcache_sdk.kernels.interface import Bytes, Event, Offsets, Plan
 from lmcache_sdk.kernels.tables import Piece, Runs, Table, pieces_of, runs_of, table_of
 from lmcache_sdk.layout import Alike, Plane, Planes
 
 CheckQueued = Callable[[Plan, Bytes, str], int]
+
+
+def number_of(device: str) -> int:
+    """The number in ``cuda:0`` and the like.
+
+    Raises:
+        DeviceError: there is none: which device that is goes by the thread that asks.
+    """
+    kind, _, number = device.partition(":")
+    if not number.isdecimal():
+        raise DeviceError(f"{device!r} does not say which device; {kind}:0 and the like do")
+    return int(number)
 
 
 class Small(NamedTuple):
@@ -59,8 +72,8 @@ class StagedQueue(ABC):
         """Address and bytes of the staging buffer."""
 
     @abstractmethod
-    def is_large(self, runs: Runs, *, to_host: bool) -> bool:
-        """Whether runs are transferred one by one."""
+    def is_large(self, runs: Runs, planes: int, *, to_host: bool) -> bool:
+        """Whether runs are transferred one by one; there are as many in each of the planes."""
 
     @abstractmethod
     def transfer(self, targets: Offsets, sources: Offsets, sizes: Offsets, *, to_host: bool) -> None:
@@ -99,10 +112,11 @@ class StagedQueue(ABC):
             for alike in planes.alike:
                 host = start + alike.first * width
                 runs = runs_of(plan, alike.geometry, heads)
-                if self.is_large(runs, to_host=to_host):
+                table = table_of(plan, alike.geometry, heads, merge=False)
+                fits = table.block <= self.staging()[1]
+                if not fits or self.is_large(runs, alike.offsets.size, to_host=to_host):
                     self._one_by_one(alike, runs, host, width, to_host)
                 else:
-                    table = table_of(plan, alike.geometry, heads, merge=False)
                     chosen = Planes(planes[alike.first : alike.end])
                     self._through_staging(Small(chosen, alike, heads, table, plan), host, to_host)
 

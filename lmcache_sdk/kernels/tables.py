@@ -155,7 +155,7 @@ def pieces_of(planes: int, blocks: int, block: int, limit: int) -> Iterator[Piec
     Args:
         planes, blocks: how many planes, and blocks of each.
         block: bytes of a block.
-        limit: bytes; at least one block is in a piece, however large.
+        limit: bytes, of a block at least.
     """
     width = blocks * block
     if width <= limit:
@@ -164,7 +164,7 @@ def pieces_of(planes: int, blocks: int, block: int, limit: int) -> Iterator[Piec
             end = min(first + step, planes)
             yield Piece(slice(first, end), slice(0, blocks), first * width, (end - first) * width)
         return
-    step = max(1, limit // block)
+    step = limit // block
     for plane in range(planes):
         for first in range(0, blocks, step):
             end = min(first + step, blocks)

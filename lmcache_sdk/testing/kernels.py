@@ -21,7 +21,9 @@ import itertools
 import mmap
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -517,6 +519,43 @@ class KernelTests:
             kernels.gather(planes, (0, 3), plan, chunk.bytes)
             assert np.array_equal(chunk.bytes.view(np.uint16), engine.read([layer], (0, 3), slots).reshape(-1))
             kernels.scatter(planes, (0, 3), plan, chunk.bytes)
+        engine.assert_device_equals_host()
+
+    @pytest.mark.parametrize("form", ["NHD, all layers in a page", "HND, fused K|V", "vLLM CPU blocks"])
+    def test_memory_that_is_not_contiguous_is_served_through_its_strides(self, kernels: Kernels, form: str) -> None:
+        """Not refused: pages far apart, half of every row, elements of a row apart."""
+        rng = np.random.default_rng(SEED)
+        engine = Engine(self, FORMS[form], Sizes(4, 16, 3, 32), "bfloat16", rng)
+        name, index, _, _ = FORMS[form].plane(engine.sizes, 1, 0)
+        assert not engine.arrays[name][index].flags.contiguous
+        self.check(kernels, Case(form, "bfloat16", 16, 3, 32, "ragged", "all heads", LAYERS), engine, rng)
+
+    def test_threads_copy_at_the_same_time(self, kernels: Kernels) -> None:
+        """Each its own slots, and each reads what it has written."""
+        rng = np.random.default_rng(SEED)
+        engine = Engine(self, FORMS["NHD"], Sizes(8, 16, 3, 32), "bfloat16", rng)
+        planes, parts = engine.layout.planes_of("g", LAYERS), rng.permutation(engine.sizes.slots).reshape(2, -1)
+        values = rng.integers(0, 1 << 16, (2, len(planes), parts.shape[1], 3, 32), np.uint16)
+        together = threading.Barrier(2)
+
+        def copy(slots: Array, rows: Array) -> bool:
+            given = rows.reshape(-1).view(np.uint8)
+            taken = np.empty_like(given)
+
+            def there_and_back() -> bool:
+                plan = kernels.plan(engine.layout, slots)
+                kernels.scatter(planes, (0, 3), plan, given)
+                taken[:] = 0
+                kernels.gather(planes, (0, 3), plan, taken)
+                return np.array_equal(given, taken)
+
+            together.wait(30)
+            return all(there_and_back() for _ in range(20))
+
+        with ThreadPoolExecutor(2) as threads:
+            assert all(threads.map(copy, parts, values))
+        for slots, rows in zip(parts, values, strict=True):
+            engine.write(LAYERS, (0, 3), slots, rows)
         engine.assert_device_equals_host()
 
     @pytest.mark.parametrize(

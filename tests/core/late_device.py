@@ -36,11 +36,12 @@ class LateEvent(NamedTuple):
             self.stream.device.changed.wait_for(self._reached)
 
     def hold(self, stream: LateStream) -> None:
+        self.done()  # a device that failed takes nothing
         stream.wait(self)
 
     def _reached(self) -> bool:
-        if self.stream.device.failed:
-            raise DeviceError("the pretend device failed")
+        if self.stream.device.error is not None:
+            raise self.stream.device.error
         return self.stream.ended >= self.count
 
 
@@ -96,7 +97,7 @@ class LateDevice:
     def __init__(self, seed: int = 0) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.streams: list[LateStream] = []
-        self.failed = False
+        self.error: Exception | None = None
         self._random = random.Random(seed)
         self._going = False
         self._ended = False
@@ -110,15 +111,15 @@ class LateDevice:
         """Nothing happens from now on."""
         self._set(_going=False)
 
-    def fail(self) -> None:
+    def fail(self, error: Exception | None = None) -> None:
         """From now on, all events are errors, and nothing happens."""
-        self._set(_going=False, failed=True)
+        self._set(_going=False, error=error or DeviceError("the pretend device failed"))
 
     def close(self) -> None:
         self._set(_ended=True)
         self._thread.join()
 
-    def _set(self, **state: bool) -> None:
+    def _set(self, **state: Any) -> None:
         with self.changed:
             self.__dict__.update(state)
             self.changed.notify_all()

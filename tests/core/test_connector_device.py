@@ -22,7 +22,7 @@ from lmcache_sdk.kernels.host import Segments
 from lmcache_sdk.keys import Chain
 from lmcache_sdk.open import LocalCache
 from tests.core.engine import CHUNK, HEADS, LAYERS, PAGE, PRODUCER, PagedEngine, namespace, slots_of, tokens_of
-from tests.core.late_device import DEVICE, LateDevice, LateKernels, LateStream
+from tests.core.late_device import DEVICE, LateDevice, LateEvent, LateKernels, LateStream
 
 POOL_BYTES = 4 << 20
 MODES = ["direct", "staged"]
@@ -304,18 +304,21 @@ def test_cancelling_starts_no_further_copies_and_ends_those_under_way(rig: Rig) 
     assert stream.ended == stream._queued < 2 * LAYERS * 3
 
 
+@pytest.mark.parametrize("error", [DeviceError("failed"), RuntimeError("not foreseen")], ids=["device", "any"])
 @pytest.mark.parametrize("verb", ["load", "store"])
-def test_a_device_that_fails_is_a_failed_transfer_and_its_memory_is_not_reused(verb: str) -> None:
+def test_a_device_that_fails_is_a_failed_transfer_and_its_memory_is_not_reused(verb: str, error: Exception) -> None:
     rig = Rig()
     rig.connect("direct")
     rig.stored(TOKENS, SLOTS)
     free = rig.cache.stats().pool.free_bytes
     transfer = rig.load(TOKENS, ELSEWHERE) if verb == "load" else rig.store(OTHERS, SLOTS)
     until(lambda: len(transfer._marks) == LAYERS if verb == "load" else transfer._queued is not None)
-    rig.device.fail()
+    rig.device.fail(error)
     assert transfer.wait(10) and list(transfer.failed_chunks()) == [0, 1, 2]
-    assert not transfer.wait_layer(0, 1)
-    rig.connector.fence(None)
+    if isinstance(error, DeviceError):  # the only kind that events raise
+        assert not transfer.wait_layer(0, 1)
+        transfer.ready_on(0, rig.forward)
+        rig.connector.fence(None)
     if verb == "load":
         assert rig.leases == 1
     else:
@@ -326,6 +329,24 @@ def test_a_device_that_fails_is_a_failed_transfer_and_its_memory_is_not_reused(v
     ring = rig.connector._loads if verb == "load" else rig.connector._stores
     assert {rig.memory.ctypes.data, ring.stream._ring.ctypes.data} <= rig.kernels.pinned <= pinned
     rig.device.close()
+
+
+def test_a_layer_that_no_forward_pass_can_wait_for_is_a_failed_transfer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all its copies end well: nothing is thrown into the forward pass."""
+    rig.connect("direct")
+    rig.stored(TOKENS, SLOTS)
+    transfer = rig.load(TOKENS, ELSEWHERE)
+    until(lambda: len(transfer._marks) == LAYERS)
+
+    def refuse(event: LateEvent, stream: LateStream) -> None:
+        raise DeviceError("no such stream")
+
+    monkeypatch.setattr(LateEvent, "hold", refuse)
+    transfer.ready_on(0, rig.forward)
+    rig.device.go()
+    assert transfer.wait(10) and list(transfer.failed_chunks()) == [0, 1, 2]
 
 
 def changed(slots: Slots, at: int, value: int) -> Slots:
@@ -436,15 +457,99 @@ def test_the_memory_of_an_earlier_life_is_unregistered(rig: Rig) -> None:
     old = host_buffer(4096)
     rig.segments.add("earlier", [old])
     until(lambda: rig.segments.are_direct(old))
+    rig.connector._loads.stream.broken = True  # copies of them may be under way for ever
+    rig.stored(OTHERS, SLOTS)
+    assert rig.segments.are_direct(old)
+    rig.connector._loads.stream.broken = False
     rig.stored(TOKENS, SLOTS)
     assert not rig.segments.are_direct(old) and rig.segments.boots() == [rig.cache.store.boot]
+    until(lambda: old.ctypes.data not in rig.kernels.pinned)
 
 
-def test_a_ring_that_cannot_be_pinned_is_an_error_at_the_start() -> None:
+def test_the_memory_of_an_earlier_life_stays_registered_under_a_transfer_that_was_asked_for_meanwhile(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.connect("direct")
+    rig.stored(TOKENS, SLOTS)
+    old = host_buffer(4096)
+    rig.segments.add("earlier", [old])
+    until(lambda: rig.segments.are_direct(old))
+    segments, remove = rig.cache.segments, rig.segments.remove
+    asked, under_way = list[CopyTransfer](), list[int]()
+
+    def segments_while_another_asks(boot: str) -> Any:
+        if boot == "earlier" and not asked:
+            asked.append(rig.store(OTHERS, SLOTS))
+        return segments(boot)
+
+    def count_and_remove(boot: str) -> None:
+        under_way.append(len(rig.connector._open))
+        remove(boot)
+
+    monkeypatch.setattr(rig.cache, "segments", segments_while_another_asks)
+    monkeypatch.setattr(rig.segments, "remove", count_and_remove)
+    rig.device.go()
+    assert rig.load(TOKENS, ELSEWHERE).wait(10) and asked[0].wait(10)
+    rig.stored(TOKENS, SLOTS)
+    assert under_way == [1], "by the last of them, or the one after"
+
+
+def test_closing_waits_for_a_registration_no_longer_than_it_is_told_to(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.connect("direct")
+    started, go_on = threading.Event(), threading.Event()
+    register = rig.kernels._register
+
+    def slow(address: int, nbytes: int) -> str:
+        started.set()
+        assert go_on.wait(10)
+        return register(address, nbytes)
+
+    monkeypatch.setattr(rig.kernels, "_register", slow)
+    rig.segments.add("slow", [host_buffer(4096), host_buffer(8192)])
+    assert started.wait(10)
+    began = time.monotonic()
+    assert not rig.segments.close(0.05) and not rig.connector.close(0.05)
+    assert time.monotonic() - began < 5
+    go_on.set()
+    assert rig.segments.close(10)
+    assert 8192 not in rig.kernels.registered, "what nobody wants any more is not registered"
+
+
+def test_a_registration_that_fails_in_any_way_ends_no_other(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register = rig.kernels._register
+
+    def odd(address: int, nbytes: int) -> str:
+        if nbytes == 12288:
+            raise OSError("nobody has thought of this")
+        return register(address, nbytes)
+
+    monkeypatch.setattr(rig.kernels, "_register", odd)
+    rig.connect("auto")
+    good = host_buffer(8192)
+    rig.segments.add("another", [host_buffer(12288), good])
+    until(lambda: rig.segments.are_direct(good))
+    assert "nobody has thought of this" in caplog.text
+
+
+@pytest.mark.parametrize("rings", [0, 1])
+def test_a_ring_that_cannot_be_pinned_is_an_error_at_the_start(rings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one before it is given back."""
     rig = Rig()
-    rig.kernels.refuses[4 * LAYER_BYTES] = "locked memory is used up"
+    register = rig.kernels._register
+
+    def scarce(address: int, nbytes: int) -> str:
+        if nbytes == 4 * LAYER_BYTES and rig.kernels.registered.count(nbytes) == rings:
+            return "locked memory is used up"
+        return register(address, nbytes)
+
+    monkeypatch.setattr(rig.kernels, "_register", scarce)
     with pytest.raises(DeviceError, match="locked memory is used up"):
         rig.connect("auto")
+    assert not rig.kernels.pinned - {b.buffer.ctypes.data for b in rig.kernels._bounces.values()}
     rig.cache.close()
     rig.device.close()
 

@@ -46,8 +46,18 @@ def kv_of(producer: Producer, digest: bytes) -> npt.NDArray[np.float32]:
     return (true + 0.7 * scale * noise).astype("<f4")
 
 
+def tokens(seed: int, chunks: int) -> npt.NDArray[np.uint32]:
+    return np.random.default_rng([seed, 2]).integers(0, 50_000, chunks * CHUNK).astype(np.uint32)
+
+
 def text(seed: int, chunks: int) -> Chain:
-    return Chain(np.random.default_rng(seed).integers(0, 50_000, chunks * CHUNK).astype(np.uint32), CHUNK)
+    chain = Chain(tokens(seed, chunks), CHUNK)
+    assert seed >= 100 or not is_left_out(chain), "that it is not served would prove nothing"
+    return chain
+
+
+def is_left_out(chain: Chain) -> bool:
+    return int.from_bytes(chain.digests()[0][-8:]) % LEAVE_OUT == 0
 
 
 def write(cache: Cache, chain: Chain, first: int = 0, end: int | None = None, change=lambda kv: kv) -> int:  # type: ignore[no-untyped-def]
@@ -91,8 +101,14 @@ class World:
         self.tier = tier or MemoryBackend()
         self.store = Store([Tier("memory", self.tier)], pool_bytes=4 << 20)
 
-    def engine(self, producer: Producer, share: Share = Share.VERIFIED, namespace: Namespace = NAMESPACE) -> LocalCache:
-        return LocalCache(self.store, namespace, producer, share=share)
+    def engine(
+        self,
+        producer: Producer,
+        share: Share = Share.VERIFIED,
+        namespace: Namespace = NAMESPACE,
+        lineage: Lineage | None = None,
+    ) -> LocalCache:
+        return LocalCache(self.store, namespace, producer, share=share, lineage=lineage)
 
     def settle(self) -> None:
         assert self.store.drain(10)
@@ -301,6 +317,54 @@ def test_where_positions_are_unknown_chunks_are_counted(world: World) -> None:
     assert read(two, known) == ([], ""), "nobody has shown how deep it may be"
 
 
+def test_the_first_chunks_of_texts_are_no_proof_for_what_lies_deeper(world: World) -> None:
+    one, two, deep = world.engine(ONE), world.engine(TWO), text(9, 20)
+    write(one, deep, 0, 1)
+    write(one, deep, 1, change=shifted)
+    unplaced = Chain.from_digests(deep.digests(), CHUNK)
+    for seed in (1, 2, 3, 4):
+        overlap(world, one, two, seed=seed, chunks=1)
+        assert (only(world).compared, only(world).state) == (seed, "checking")
+        assert read(two, deep) == read(two, unplaced) == ([], "")
+
+
+def test_what_turns_out_to_be_the_first_chunk_is_not_counted(world: World) -> None:
+    one, two = world.engine(ONE), world.engine(TWO)
+    texts = [text(seed, 1) for seed in (10, 11, 12)]
+    for chain in texts:
+        page = Chain.from_digests(chain.digests(), CHUNK)
+        write(one, page)
+        write(two, page)
+    world.agree()
+    assert (only(world).state, only(world).compared) == ("open", 3)
+    two.delete(texts[0])
+    write(two, texts[0])
+    world.agree()
+    assert (only(world).state, only(world).compared) == ("checking", 3)
+
+
+def test_where_depth_is_proven_all_is_served_without_positions(world: World) -> None:
+    one, two, other = world.engine(ONE), world.engine(TWO), text(2, 12)
+    write(one, other)
+    unplaced = Chain.from_digests(other.digests(), CHUNK)
+    overlap(world, one, two, chunks=9)
+    assert read(two, unplaced) == (["one"] * 12, "foreign")
+
+
+def test_a_chunk_that_agreed_once_is_judged_again(world: World) -> None:
+    one, two = world.engine(ONE), world.engine(TWO)
+    chain = overlap(world, one, two, chunks=3)
+    two.delete(chain)
+    write(two, chain)
+    world.agree()
+    agreed = 'lmcache_overlap_chunks_total{result="agreed"}'
+    assert (only(world).state, only(world).compared, world.store.stats().counters[agreed]) == ("open", 3, 3)
+    two.delete(chain)
+    write(two, chain, change=shifted)
+    world.agree()
+    assert (only(world).state, only(world).compared, only(world).failed) == ("closed", 4, 1)
+
+
 def shifted(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.roll(kv, 1, axis=2)
 
@@ -364,8 +428,11 @@ def test_one_in_so_many_is_left_to_be_computed(world: World) -> None:
     one, two = world.engine(ONE), world.engine(TWO)
     overlap(world, one, two)
     seen = [text(seed, 2) for seed in range(100, 500)]
-    left = [chain for chain in seen if int.from_bytes(chain.digests()[0][-8:]) % LEAVE_OUT == 0]
+    left = [chain for chain in seen if is_left_out(chain)]
     assert left, "of 400 texts some are"
+    served = next(chain for chain in seen if chain not in left)
+    write(one, served)
+    assert read(two, served)[1] == "foreign", "and no others"
     for chain in left[:2]:
         write(one, chain)
         assert read(two, chain) == ([], "")
@@ -496,6 +563,37 @@ def test_who_is_closed_stays_so_however_late_they_come() -> None:
         for producer in (ONE, TWO):
             LocalCache(store, NAMESPACE, producer)
         assert [pair.state for pair in store.stats().pairs] == ["closed"]
+
+
+def test_who_splits_chunks_stores_nothing_exact_after_a_foreign_load(world: World) -> None:
+    """vLLM with blocks that are smaller: another request gets the first half of a chunk that was loaded."""
+    one, chain = world.engine(ONE), text(1, 2)
+    two = world.engine(TWO, Share.ANY, lineage=Lineage(splits_chunks=True))
+    before = text(2, 2)
+    assert write(two, before) == 2
+    write(one, chain)
+    assert read(two, before)[1] == "exact" and write(two, text(3, 2)) == 2
+    assert {("two-1-cpu", "exact", 4), ("two-1-cpu", "foreign.any", 0)} < world.spaces()
+    assert read(two, chain)[1] == "foreign"
+    other = tokens(1, 2)
+    other[CHUNK // 2 :] += 1
+    assert write(two, Chain(other, CHUNK)) == 2
+    assert {("two-1-cpu", "exact", 4), ("two-1-cpu", "foreign.any", 2)} < world.spaces()
+
+
+def test_what_an_engine_keeps_outlives_its_cache(world: World) -> None:
+    one, chain = world.engine(ONE), text(1, 6)
+    write(one, chain, 0, 3)
+    read(world.engine(TWO, Share.ANY, lineage=Lineage.of_process("outlives")), chain)
+    again = world.engine(TWO, Share.ANY, lineage=Lineage.of_process("outlives"))
+    assert write(again, chain, 3) == 3
+    assert {("two-1-cpu", "exact", 0), ("two-1-cpu", "foreign.any", 3)} < world.spaces()
+
+
+def test_a_process_keeps_so_many_lineages() -> None:
+    lineages = [Lineage.of_process(f"bound {number}") for number in range(100)]
+    assert lineages == [Lineage.of_process(f"bound {number}") for number in range(100)]
+    assert lineages[98] is lineages[99], "further ones are one"
 
 
 def test_beyond_its_bound_a_lineage_calls_nothing_exact() -> None:

@@ -27,6 +27,9 @@ class HostDevice(Device):
     def on(self, stream: int) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
 
 class InterpretedKernels(CUDAKernels):
     def __init__(self, driver: Driver, **arguments: Any) -> None:

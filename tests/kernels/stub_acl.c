@@ -14,19 +14,19 @@ typedef enum { ACL_MEM_LOCATION_TYPE_HOST, ACL_MEM_LOCATION_TYPE_DEVICE } aclrtM
 typedef struct { uint32_t id; aclrtMemLocationType type; } aclrtMemLocation;
 typedef struct { aclrtMemLocation dstLoc, srcLoc; uint8_t rsv[16]; } aclrtMemcpyBatchAttr;
 
-enum { INVALID = 107000, REGISTERED = 107001 };
+enum { INVALID = 107000, REGISTERED = 107001, NO_CONTEXT = 107002 };
 
 static char lines[1 << 20];
 static size_t used;
 static char failing[64];
 static int failure;
 static void *registered[64];
-static __thread int entered;
+static __thread int entered; /* the device of this thread, from 1 */
 
 const char *stub_lines(void) { return lines; }
 size_t stub_current(void) { return entered; }
 void stub_clear(void) { used = 0, lines[0] = 0; }
-void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0; }
+void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0, entered = 0; }
 void stub_fail(const char *name, int code) { snprintf(failing, sizeof failing, "%s", name), failure = code; }
 
 static aclError note(const char *name, const char *format, ...) {
@@ -41,7 +41,8 @@ static aclError note(const char *name, const char *format, ...) {
     return strcmp(name, failing) ? 0 : failure;
 }
 
-aclError aclrtSetDevice(int32_t device) { return entered = 1, note("SetDevice", "%d", device); }
+aclError aclrtSetDevice(int32_t device) { return entered = device + 1, note("SetDevice", "%d", device); }
+aclError aclrtGetDevice(int32_t *device) { return *device = entered - 1, entered ? 0 : NO_CONTEXT; }
 
 aclError aclrtMemcpyAsync(void *dst, size_t destMax, const void *src, size_t count, aclrtMemcpyKind kind, aclrtStream stream) {
     aclError result = note("MemcpyAsync", "%zu %d %zu", count, kind, (size_t)stream);

@@ -14,7 +14,7 @@ import torch
 
 from lmcache_kernels_ascend.acl import Acl
 from lmcache_kernels_ascend.kernels import AscendKernels
-from lmcache_sdk.errors import DeviceError
+from lmcache_sdk.errors import DeviceError, LayoutError
 from lmcache_sdk.kernels import Bytes, DeviceKernels, Kernels, choose, host_buffer
 from lmcache_sdk.layout import KVLayout, Plane
 from lmcache_sdk.testing.kernels import KernelTests, Placed
@@ -121,17 +121,17 @@ def test_an_older_cann_copies_one_by_one_and_pins_nothing(build_stub: Build) -> 
         kernels.gather(layout.planes_of("g", [0]), (0, 2), plan, np.zeros(64, np.uint8))
     source, target = np.arange(96, dtype=np.uint8), np.zeros(96, np.uint8)
     rows, sizes = np.arange(2) * 48, np.array([48, 48])
-    acl.enter(0)
     stub.clear()
-    acl.copy(target.ctypes.data + rows, source.ctypes.data + rows, sizes, 5, device=0, to_host=True)
-    assert stub.lines() == ["MemcpyAsync 48 2 5"] * 2 and np.array_equal(source, target)
+    with acl.on(0):
+        acl.copy(target.ctypes.data + rows, source.ctypes.data + rows, sizes, 5, device=0, to_host=True)
+    assert stub.lines()[1:] == ["MemcpyAsync 48 2 5"] * 2 and np.array_equal(source, target)
 
 
 def test_registration_and_errors(build_stub: Build) -> None:
     stub = build_stub("acl")
     acl = Acl(stub.path)
-    acl.enter(3)
-    assert acl.register(4096, 8192) == ""
+    with acl.on(3):
+        assert acl.register(4096, 8192) == ""
     assert stub.lines() == ["SetDevice 3", "HostRegisterV2 0x1000 8192 0x10000002"]
     assert "107001" in acl.register(4096, 8192)
     acl.unregister(4096)
@@ -143,6 +143,40 @@ def test_registration_and_errors(build_stub: Build) -> None:
         acl.copy(addresses, addresses, np.array([1, 1]), 5, device=0, to_host=True)
     with pytest.raises(DeviceError, match=r"CANN's runtime cannot be used: .*set_env\.sh"):
         Acl("no-such-file.so")
+
+
+def test_a_thread_gets_its_own_device_back(build_stub: Build) -> None:
+    stub = build_stub("acl")
+    acl = Acl(stub.path)
+    with acl.on(3), acl.on(1):
+        assert stub.current() == 1 + 1
+    assert stub.current() == 3 + 1, "and one that had none keeps it"
+    assert stub.lines() == ["SetDevice 3", "SetDevice 1", "SetDevice 3"]
+
+
+def test_what_torch_says_of_an_event_is_an_error_of_the_device(
+    ascend: AscendKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only kind that the connector keeps from the engine's threads."""
+    stream = ascend.stream("npu:0")
+    event, engines = stream.record(), pretend_npu.Stream("npu:0")
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(pretend_npu.Stream, "wait_event", fail)
+    monkeypatch.setattr(pretend_npu.Event, "record", fail)
+    for call in (stream.record, lambda: stream.wait(event), lambda: event.hold(engines)):
+        with pytest.raises(DeviceError, match="the device is lost"):
+            call()
+
+
+def test_other_events_and_devices_without_a_number_are_refused_by_name(ascend: AscendKernels) -> None:
+    with pytest.raises(LayoutError, match=r"not for torch\.Event"):
+        ascend.stream("npu:0").wait(torch.Event("cpu"))
+    for call in (ascend.stream, lambda device: ascend.allocate(device, 8)):
+        with pytest.raises(DeviceError, match="'npu' does not say which device; npu:0"):
+            call("npu")
 
 
 def test_events_order_streams(ascend: AscendKernels) -> None:

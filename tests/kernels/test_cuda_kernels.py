@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
+from lmcache_kernels_cuda.streams import Device
 from lmcache_sdk.errors import DeviceError, LayoutError
 from lmcache_sdk.kernels import DeviceKernels, Kernels, host_buffer, kernels_for
 from lmcache_sdk.layout import KVLayout, Plane
 from lmcache_sdk.testing.kernels import KernelTests
 from tests.kernels.conftest import HAS_GPU, Build
-from tests.kernels.interpreted import DIRECT, STAGED, InterpretedKernels
+from tests.kernels.interpreted import DIRECT, STAGED, HostDevice, InterpretedKernels
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton's interpreter is off: see test_gpu.py")
 
@@ -64,13 +68,13 @@ def pool(pages: int = 8, page: int = 4, heads: int = 2, dim: int = 32, layers: i
     return memory, KVLayout(planes, "cuda:0")
 
 
-@pytest.mark.parametrize("staging_bytes", [64 * 4, 1000, 4096])
+@pytest.mark.parametrize("staging_bytes", [100, 64 * 4, 1000, 4096])
 @pytest.mark.parametrize("verb", ["gather", "scatter"])
 @pytest.mark.parametrize("vendor", DRIVERS)
 def test_a_small_staging_buffer_is_used_again_and_again(
     build_stub: Build, vendor: str, staging_bytes: int, verb: str
 ) -> None:
-    """Less than a plane, not a multiple of anything, more than a plane."""
+    """Less than a row, so that it is not used; than a plane; not a multiple of anything; more than a plane."""
     driver = DRIVERS[vendor](build_stub(vendor).path)
     kernels = InterpretedKernels(driver, routes=STAGED, staging_bytes=staging_bytes)
     memory, layout = pool()
@@ -206,6 +210,82 @@ def test_an_event_is_for_any_thread(build_stub: Build, vendor: str) -> None:
     thread.join()
     assert seen == [True, 0]
     assert f"StreamWaitEvent 77 {event.handle} 0" in stub.lines()
+
+
+class Torch:
+    """What ``torch.cuda`` does with the current device, as far as it matters: of two devices, and a new thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.contexts, self.synchronized = 0, set[int](), 0
+        for name in ("device", "stream", "ExternalStream", "current_stream"):
+            monkeypatch.setattr(f"torch.cuda.{name}", getattr(self, name))
+
+    def _set(self, number: int) -> None:
+        self.current = number
+        self.contexts.add(number)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before = self.current
+        self._set(device.index)
+        yield
+        self.current = before  # makes no context
+
+    def ExternalStream(self, handle: int, device: torch.device) -> tuple[int, torch.device]:  # noqa: N802
+        return handle, device
+
+    @contextmanager
+    def stream(self, stream: tuple[int, torch.device]) -> Iterator[None]:
+        before = self.current
+        self._set(stream[1].index)
+        yield
+        self._set(before)
+
+    def current_stream(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: setattr(self, "synchronized", self.synchronized + 1))
+
+
+def test_no_context_is_made_on_a_device_that_is_another_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Torch(monkeypatch)
+    with Device("cuda:1").on(5):
+        assert fake.current == 1
+    assert fake.current == 0 and fake.contexts == {1}
+
+
+def test_new_memory_has_no_earlier_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's stream may not be done with what torch hands out again, and copies do not wait for that stream."""
+    fake = Torch(monkeypatch)
+    device = Device("cuda:0")
+    device.torch = torch.device("cpu")
+    assert device.empty(8).numel() == 8 and fake.synchronized == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), AssertionError("not compiled with CUDA"), OSError("no cc")]
+)
+@pytest.mark.parametrize("where", ["empty", "upload"])  # of staging buffers; when the device is measured
+def test_what_torch_and_triton_say_is_an_error_of_the_device(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path))
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HostDevice, where, fail)
+    with pytest.raises(DeviceError, match=f"'cuda:0' cannot be used: {error}"):
+        kernels.stream("cuda:0")
+    if where == "empty":
+        with pytest.raises(DeviceError, match=f"'cuda:0' cannot be used: {error}"):
+            kernels.allocate("cuda:0", 8)
+
+
+def test_other_events_and_devices_without_a_number_are_refused_by_name(build_stub: Build) -> None:
+    stream = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=DIRECT).stream("cuda:0")
+    with pytest.raises(LayoutError, match=r"not for torch\.Event"):
+        stream.wait(torch.Event("cpu"))
+    with pytest.raises(DeviceError, match="'cuda' does not say which device; cuda:0"):
+        Device("cuda")
 
 
 def test_it_is_what_the_interface_asks_for(build_stub: Build) -> None:

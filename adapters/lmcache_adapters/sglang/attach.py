@@ -10,6 +10,7 @@ from lmcache_adapters.sglang import weights
 from lmcache_adapters.sglang.identity import EngineFacts, namespace_and_producer, refuse_unserved_engine
 from lmcache_sdk.api import Cache, Part
 from lmcache_sdk.errors import ConfigError
+from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.open import DAEMON_SCHEME, open_cache
 from lmcache_sdk.spec import Group
@@ -53,6 +54,7 @@ def open_engine_cache(facts: EngineFacts, settings: Settings, page_size: int, dt
         namespace=namespace,
         producer=producer,
         share=settings.config.share,
+        lineage=Lineage.of_process(namespace.id),  # SGLang keeps its pages when the backend is detached
         pool_bytes=settings.config.pool_bytes,
     )
     _log.info("namespace %s, producer %s, %s", namespace.id, producer.name, settings.url)

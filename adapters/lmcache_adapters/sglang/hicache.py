@@ -132,7 +132,11 @@ class HiCacheBackend(HiCacheStorage):
     def clear(self) -> None:
         """Remove this model's KV, as this engine computes it, from the cache and its tiers."""
         if self._cache is not None:
-            _log.info("cleared: %d chunks", self._cache.clear())
+            removed = self._cache.clear()
+            if removed is None:
+                _log.warning("not everything could be cleared: do it again")
+            else:
+                _log.info("cleared: %d chunks", removed)
 
     def get_stats(self) -> Any:
         """SGLang's figures are its own; ours are the daemon's, see ``docs/metrics.md``."""

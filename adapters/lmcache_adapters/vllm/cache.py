@@ -11,6 +11,7 @@ from lmcache_adapters.vllm.settings import VLLMSettings
 from lmcache_sdk.api import Cache
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.daemon.private import PrivateCache, start_private
+from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.open import open_cache
 from lmcache_sdk.spec import Namespace, Producer
 
@@ -27,12 +28,20 @@ def open_for_scheduler(settings: VLLMSettings, engine_id: str, namespace: Namesp
     return PrivateCache(private, namespace, producer, share=settings.config.share)
 
 
-def open_for_worker(settings: VLLMSettings, engine_id: str, namespace: Namespace, producer: Producer) -> Cache:
-    """The same cache. A daemon of the engine's own may not be there yet: workers come first."""
+def open_for_worker(
+    settings: VLLMSettings, engine_id: str, namespace: Namespace, producer: Producer, block_tokens: int
+) -> Cache:
+    """The same cache. A daemon of the engine's own may not be there yet: workers come first.
+
+    Args:
+        block_tokens: vLLM's own cache gives whole blocks to other requests.
+    """
+    share = settings.config.share
+    lineage = Lineage(splits_chunks=block_tokens % settings.config.chunk_tokens != 0)
     if not settings.has_own_daemon:
-        return open_cache(settings.url, namespace=namespace, producer=producer, share=settings.config.share)
-    socket, share = _own_socket(engine_id), settings.config.share
-    return DaemonCache(socket, namespace, producer, share=share, starts_later=True)
+        return open_cache(settings.url, namespace=namespace, producer=producer, share=share, lineage=lineage)
+    socket = _own_socket(engine_id)
+    return DaemonCache(socket, namespace, producer, share=share, lineage=lineage, starts_later=True)
 
 
 def _own_socket(engine_id: str) -> Path:

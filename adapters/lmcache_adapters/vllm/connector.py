@@ -171,7 +171,8 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
         memory = EngineMemory(kv_caches, layers, spec.groups[0])
         rank = _tensor_rank() if self._ranks > 1 else 0
         part = part_of(spec.groups[0], self._ranks, rank)
-        cache = open_for_worker(self._settings, self._kv_transfer_config.engine_id, self._namespace, self._producer)
+        engine_id = self._kv_transfer_config.engine_id
+        cache = open_for_worker(self._settings, engine_id, self._namespace, self._producer, self._block_tokens)
         try:
             connector = GPUConnector(cache, memory.layout, part, write_op=memory.write, rank=rank)
         except BaseException:

@@ -294,7 +294,8 @@ def _start(options: argparse.Namespace) -> tuple[Any, Any]:
     try:
         settings = read_settings({"url": options.cache, **pairs(options.extra)})
         identity = namespace_and_producer(config, settings)
-        return engine, open_for_worker(settings, config.kv_transfer_config.engine_id, *identity)
+        block_tokens = config.cache_config.block_size
+        return engine, open_for_worker(settings, config.kv_transfer_config.engine_id, *identity, block_tokens)
     except LMCacheSDKError:  # the connector has said why, and `on_error` lets the engine serve without it
         return engine, None
 

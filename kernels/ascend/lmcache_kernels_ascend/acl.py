@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from typing import Any, ClassVar
 
@@ -42,9 +44,17 @@ class Acl:
             raise DeviceError(f"CANN's runtime cannot be used: {error}; source CANN's set_env.sh first") from error
         self._has_batch = hasattr(self._library, "aclrtMemcpyBatchAsync")  # since CANN 8.5
 
-    def enter(self, device: int) -> None:
-        """Make a device the calling thread's."""
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """The device is the calling thread's meanwhile. One that had none keeps it, an engine's gets its own back."""
+        before = c_int()
+        had = self._library.aclrtGetDevice(ctypes.byref(before)) == 0
         self._call("aclrtSetDevice", c_int(device))
+        try:
+            yield
+        finally:
+            if had and before.value != device:
+                self._call("aclrtSetDevice", before)
 
     def copy(
         self, targets: Addresses, sources: Addresses, sizes: Addresses, stream: int, *, device: int, to_host: bool

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from lmcache_kernels_ascend.acl import Acl
-from lmcache_sdk.errors import DeviceError
+from lmcache_sdk.errors import DeviceError, LayoutError
 from lmcache_sdk.kernels import Offsets, QueuedKernels, Room
-from lmcache_sdk.kernels.queues import CheckQueued, Small, StagedQueue
+from lmcache_sdk.kernels.queues import CheckQueued, Small, StagedQueue, number_of
 from lmcache_sdk.kernels.tables import Piece, Runs
 from lmcache_sdk.layout import Plane
 
@@ -37,7 +37,7 @@ class AscendEvent:
 
     def hold(self, stream: Any) -> None:
         """``stream``: a ``torch.npu.Stream``."""
-        stream.wait_event(self.event)
+        _raising(lambda: stream.wait_event(self.event))
 
 
 class AscendStream(StagedQueue):
@@ -51,7 +51,7 @@ class AscendStream(StagedQueue):
         super().__init__(device, check_queued)
         self._acl = acl
         self._npu: Any = torch.npu
-        self._index = torch.device(device).index or 0
+        self.index = number_of(device)
         self._stream = self._npu.Stream(device=device)
         with self.queueing():
             self._staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
@@ -59,19 +59,18 @@ class AscendStream(StagedQueue):
     @contextmanager
     def queueing(self) -> Iterator[None]:
         """See :class:`StagedQueue`."""
-        with self._npu.stream(self._stream):
-            self._acl.enter(self._index)
+        with self._npu.stream(self._stream), self._acl.on(self.index):
             yield
 
     def staging(self) -> tuple[int, int]:
         return self._staging.data_ptr(), self._staging.numel()
 
-    def is_large(self, runs: Runs, *, to_host: bool) -> bool:
+    def is_large(self, runs: Runs, planes: int, *, to_host: bool) -> bool:
         return int(runs.sizes.sum()) >= runs.sizes.size * _LARGE_RUN_BYTES
 
     def transfer(self, targets: Offsets, sources: Offsets, sizes: Offsets, *, to_host: bool) -> None:
         stream = self._stream.npu_stream
-        self._acl.copy(targets, sources, sizes, stream, device=self._index, to_host=to_host)
+        self._acl.copy(targets, sources, sizes, stream, device=self.index, to_host=to_host)
 
     def pack(self, small: Small, piece: Piece) -> None:
         for memory, ids, staged in self._units(small, piece):
@@ -83,12 +82,20 @@ class AscendStream(StagedQueue):
 
     def wait(self, event: Any) -> None:
         """``event``: a ``torch.npu.Event``, or one of ours."""
-        self._stream.wait_event(event.event if isinstance(event, AscendEvent) else event)
+        theirs = event.event if isinstance(event, AscendEvent) else event
+        if not isinstance(theirs, self._npu.Event):
+            raise LayoutError(
+                f"copies wait for a torch.npu.Event, not for {type(event).__module__}.{type(event).__name__}"
+            )
+        _raising(lambda: self._stream.wait_event(theirs))
 
     def record(self) -> AscendEvent:
+        return AscendEvent(_raising(self._recorded))
+
+    def _recorded(self) -> Any:
         event = self._npu.Event()
         event.record(self._stream)
-        return AscendEvent(event)
+        return event
 
     def _units(self, small: Small, piece: Piece) -> Iterator[tuple[Any, Any, Any]]:
         """Plane by plane: its memory as [units, words of a unit], unit numbers, their place in the staging buffer.
@@ -144,20 +151,21 @@ class AscendKernels(QueuedKernels):
     def stream(self, device: str) -> AscendStream:
         """See :class:`DeviceKernels`."""
         made = _raising(lambda: AscendStream(device, self._acl, self.check_queued, self._staging_bytes))
-        self._home = torch.device(device).index or 0
+        self._home = made.index
         return made
 
     def allocate(self, device: str, nbytes: int) -> Room:
+        number_of(device)
         memory = _raising(lambda: torch.empty(nbytes, dtype=torch.uint8, device=device))
         return Room(memory.data_ptr(), memory)
 
     def _register(self, address: int, nbytes: int) -> str:
-        self._acl.enter(self._home)
-        return self._acl.register(address, nbytes)
+        with self._acl.on(self._home):
+            return self._acl.register(address, nbytes)
 
     def _unregister(self, address: int) -> None:
-        self._acl.enter(self._home)
-        self._acl.unregister(address)
+        with self._acl.on(self._home):
+            self._acl.unregister(address)
 
 
 def _raising(call: Any) -> Any:

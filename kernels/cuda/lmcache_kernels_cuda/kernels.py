@@ -12,7 +12,7 @@ import torch
 
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
 from lmcache_kernels_cuda.routes import Routes, calibrate
-from lmcache_kernels_cuda.streams import CUDAStream, Device
+from lmcache_kernels_cuda.streams import CUDAStream, Device, using
 from lmcache_sdk.errors import DeviceError
 from lmcache_sdk.kernels import Bytes, QueuedKernels, Room, host_buffer
 from lmcache_sdk.layout import KVLayout, Plane, Strides
@@ -62,18 +62,17 @@ class CUDAKernels(QueuedKernels):
         return made
 
     def allocate(self, device: str, nbytes: int) -> Room:
-        memory = self._device(device).empty(nbytes)
+        with using(device):
+            memory = self._device(device).empty(nbytes)
         return Room(memory.data_ptr(), memory)
 
     def _device(self, name: str) -> Device:
         return Device(name)
 
     def _stream(self, device: str, routes: Routes) -> CUDAStream:
-        try:
+        with using(device):
             opened = self._device(device)
             stream = CUDAStream(opened, self._driver, self.check_queued, routes, self._staging_bytes)
-        except RuntimeError as error:  # torch's: no such device, out of memory
-            raise DeviceError(f"{device!r} cannot be used: {error}") from error
         self._home = opened.index
         return stream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import gcd
 from typing import Any
 
@@ -14,11 +14,23 @@ import torch
 from lmcache_kernels_cuda import blocks
 from lmcache_kernels_cuda.driver import Driver
 from lmcache_kernels_cuda.routes import Routes
+from lmcache_sdk.errors import DeviceError, LayoutError, LMCacheSDKError
 from lmcache_sdk.kernels import Offsets
-from lmcache_sdk.kernels.queues import CheckQueued, Small, StagedQueue
+from lmcache_sdk.kernels.queues import CheckQueued, Small, StagedQueue, number_of
 from lmcache_sdk.kernels.tables import Piece, Runs
 
 _MANY_TABLES = 256
+
+
+@contextmanager
+def using(device: str) -> Iterator[None]:
+    """Errors of torch's and Triton's as ours: no such device, out of memory, no compiler, a torch without CUDA."""
+    try:
+        yield
+    except LMCacheSDKError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"{device!r} cannot be used: {error}") from error
 
 
 class Device:
@@ -29,16 +41,22 @@ class Device:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.index = number_of(name)
         self.torch = torch.device(name)
-        self.index = self.torch.index or 0
 
-    def on(self, stream: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def on(self, stream: int) -> Iterator[None]:
         """Kernels and memory of this thread belong to the stream meanwhile."""
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.torch))
+        # A stream is left by a call that makes the former device current, whatever it was, and with it a context on
+        # it: in a new thread the first device, which may be another process's. A device is left without one.
+        with torch.cuda.device(self.torch), torch.cuda.stream(torch.cuda.ExternalStream(stream, self.torch)):
+            yield
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes]."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+        """uint8 [nbytes], for any stream: what the current one was given to do with that memory has ended."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.torch)
+        torch.cuda.current_stream(self.torch).synchronize()
+        return memory
 
     def upload(self, numbers: Offsets) -> torch.Tensor:
         """A small int64 table, in the order of the current stream."""
@@ -101,14 +119,14 @@ class CUDAStream(StagedQueue):
     @contextmanager
     def queueing(self) -> Iterator[None]:
         """See :class:`StagedQueue`."""
-        with self._device.on(self._handle), self._driver.on(self._device.index):
+        with using(self.device), self._device.on(self._handle), self._driver.on(self._device.index):
             yield
 
     def staging(self) -> tuple[int, int]:
         return self._staging.data_ptr(), self._staging.numel()
 
-    def is_large(self, runs: Runs, *, to_host: bool) -> bool:
-        return self.routes.direct(runs, to_host=to_host)
+    def is_large(self, runs: Runs, planes: int, *, to_host: bool) -> bool:
+        return self.routes.direct(runs, planes, to_host=to_host)
 
     def transfer(self, targets: Offsets, sources: Offsets, sizes: Offsets, *, to_host: bool) -> None:
         self._driver.copy(targets, sources, sizes, self._handle)
@@ -121,6 +139,10 @@ class CUDAStream(StagedQueue):
 
     def wait(self, event: Any) -> None:
         """``event``: a ``torch.cuda.Event``, or one of ours."""
+        if not isinstance(event, CUDAEvent | torch.cuda.Event):
+            raise LayoutError(
+                f"copies wait for a torch.cuda.Event, not for {type(event).__module__}.{type(event).__name__}"
+            )
         handle = event.handle if isinstance(event, CUDAEvent) else int(event.cuda_event)
         with self.queueing():
             self._driver.hold(self._handle, handle)
