@@ -8,8 +8,10 @@ part of it for ever. See ``docs/concepts.md``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,11 +26,13 @@ from lmcache_sdk.spec import KVSpec, Producer, Share
 from lmcache_sdk.workers import Worker
 
 _log = logger("sharing")
+_T = TypeVar("_T")
 
 # Of the relative error of each layer, in one chunk. Seen between engines in bfloat16 (SmolLM2, 30 layers, 64 tokens):
 # up to 0.0149 for K and 0.0332 for V; with weights that are slightly different, 0.14 and 0.31 or more.
 BOUNDS = {"k": 0.03, "v": 0.06, "latent": 0.06}
 LEAVE_OUT = 64  # of the prefixes that an engine could have from others, one in so many it computes for the comparison
+NAME = 300  # characters of a producer's
 _ENOUGH = 3  # chunks that agree
 _REMEMBERED = 64  # positions and digests of a pair
 _MOST_PRODUCERS = 32  # of a namespace
@@ -36,6 +40,26 @@ _MOST_SOURCES = 8  # of one lookup
 _MOST_WAITING = 256  # comparisons; beyond it none is begun
 _MOST_TRIED = 4096
 _FLOATS = ("bfloat16", "float16", "float32")
+
+
+class _Raw(msgspec.Struct):
+    """Of a manifest, entry by entry."""
+
+    producers: Sequence[Any] = ()
+    closed: Sequence[Any] = ()
+
+
+def _readable(entries: Iterable[Any], kind: type[_T]) -> list[_T]:
+    found = []
+    for entry in entries:
+        with suppress(msgspec.ValidationError):
+            found.append(msgspec.convert(entry, kind))
+    return found
+
+
+def is_name(producer: Producer) -> bool:
+    """Whether it can be listed and logged."""
+    return len(producer.name) <= NAME and producer.name.isprintable()
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -48,6 +72,16 @@ class Known(msgspec.Struct, frozen=True):
 
     producers: tuple[Producer, ...] = ()
     closed: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def read(cls, manifest: bytes | memoryview) -> Known:
+        """What can be read of it: others write it too, and what is closed must not be lost with a broken entry."""
+        try:
+            raw = msgspec.json.decode(manifest, type=_Raw)
+        except msgspec.MsgspecError:
+            return cls()
+        producers = [producer for producer in _readable(raw.producers, Producer) if is_name(producer)]
+        return cls(tuple(producers), tuple(_readable(raw.closed, tuple[str, str])))
 
     def joined(self, other: Known) -> Known:
         producers = {producer.id: producer for producer in (*self.producers, *other.producers)}
@@ -223,10 +257,11 @@ class Sharing:
         producers = tuple(opened.producer for opened in self._families.get(namespace, {}).values())
         return Known(producers, tuple(self.closed.get(namespace, ())))
 
-    def learn(self, namespace: str, known: Known) -> None:
-        """What is closed elsewhere is closed here."""
-        if known.closed:
-            self.closed.setdefault(namespace, set()).update(known.closed)
+    def learn(self, namespace: str, known: Known) -> set[tuple[str, str]]:
+        """What is closed elsewhere is closed here; the answer is what was not."""
+        closed = set(known.closed) - self.closed.get(namespace, set())
+        if closed:
+            self.closed.setdefault(namespace, set()).update(closed)
         for first, second in known.closed:
             pair = self._pairs.get((namespace, first, second))
             if pair is not None:
@@ -234,6 +269,7 @@ class Sharing:
         for (where, *_), pair in self._pairs.items():
             if where == namespace:
                 pair.tried.clear()
+        return closed
 
     def stats(self) -> tuple[PairStats, ...]:
         return tuple(

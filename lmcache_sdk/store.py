@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -55,7 +54,7 @@ from lmcache_sdk.pool import Pool, PrivatePool, extent_bytes, segment_sizes
 from lmcache_sdk.records import (
     HEADER_BYTES,
 )
-from lmcache_sdk.sharing import LEAVE_OUT, Known, OverlapCheck, Sharing, first_middle_last
+from lmcache_sdk.sharing import LEAVE_OUT, NAME, Known, OverlapCheck, Sharing, first_middle_last, is_name
 from lmcache_sdk.spec import Namespace, Producer, Share
 from lmcache_sdk.workers import KnownUsage, Worker
 
@@ -68,7 +67,7 @@ _T = TypeVar("_T")
 _TICK_S = 0.1
 _OVERLAP = "\0overlap/"  # begins the ids of the store's own requests
 _COPY_S = 5.0  # for a tier to bring a chunk that is to be compared
-_MANIFEST_BYTES = 1 << 18
+_MANIFEST_BYTES = 1 << 20
 _MEET_S = 30.0  # between two looks at who else stores in a namespace, while it is asked for
 _CLEARED_AT_ONCE = 128
 _TOUCHES = 64  # that wait for one tier; beyond it uses are not counted
@@ -195,8 +194,10 @@ class Store:
         """Serve a namespace and producer; writes their descriptions to the tiers in the background.
 
         Raises:
-            ConfigError: one chunk does not fit the pool.
+            ConfigError: one chunk does not fit the pool, or a producer whose name is too long or cannot be printed.
         """
+        if not is_name(producer):
+            raise ConfigError(f"a producer is {NAME} printable characters at most, got {producer.name[:NAME]!r}")
         with self._lock:
             opened = self._open(namespace, producer)
         if time.monotonic() >= opened.meet_at:
@@ -436,8 +437,8 @@ class Store:
     def close(self, timeout_s: float = 10.0) -> bool:
         """Write what is not yet in the tiers, and end; idempotent.
 
-        False if a call to a tier has not returned by then. It may still read from the pool and write to it: leave the
-        pool open then, so that nobody else gets its memory before this process ends. May be asked again.
+        False if a call that reads a tier or writes to it has not returned by then. It may still use the pool's memory:
+        leave the pool open then, so that nobody else gets that before this process ends. May be asked again.
         """
         if not self._closed:
             self._end(time.monotonic() + timeout_s)
@@ -451,11 +452,11 @@ class Store:
         probers = self._probers.values()
         return any(worker.alive for worker in self._workers() if worker not in probers)
 
-    def _give_up_requests(self, prefix: str = "") -> None:
+    def _give_up_requests(self) -> None:
         """Nobody waits any longer for a tier that hangs; nor does it get room when it answers after all."""
 
         def forget() -> None:
-            for rid in [rid for rid in self._core.requests if rid.startswith(prefix)]:
+            for rid in list(self._core.requests):
                 self._core.forget(rid)
 
         self._event(forget)
@@ -463,7 +464,6 @@ class Store:
 
     def _end(self, deadline: float) -> None:
         self._overlap.end()
-        self._give_up_requests(_OVERLAP)
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -653,17 +653,21 @@ class Store:
         def meet(backend: Backend) -> None:
             buffer = memoryview(bytearray(_MANIFEST_BYTES))
             (length,) = backend.get([key], [buffer])
-            told = Known()
-            if not isinstance(length, Miss):
-                with suppress(msgspec.MsgspecError):  # what cannot be read is written anew
-                    told = msgspec.json.decode(buffer[:length], type=Known)
-            with self._lock:
+            told = Known.read(buffer[:length]) if not isinstance(length, Miss) else Known()
+
+            def hear() -> Known:
                 known = self._sharing.known(name).joined(told)
                 for producer in known.producers:
                     self._open(opened.namespace, producer)
-                self._sharing.learn(name, known)
+                if closed := self._sharing.learn(name, known):
+                    self._withdraw(name, closed)
                 opened.manifests = manifests(opened.namespace, opened.producer, known)
-            if known != told:
+                return known
+
+            known = self._event(hear)
+            if length in (Miss.TOO_LARGE, Miss.UNREADABLE):  # it may say more than is known here
+                _log.warning("the manifest of %s cannot be read (%s) and is left as it is", name, length.value)
+            elif known != told:
                 backend.put(opened.manifests[:1], if_absent=False)
             backend.put(opened.manifests[1:])
 
@@ -781,13 +785,20 @@ class Store:
 
         def close() -> None:
             self._sharing.close(one, other)
-            self._core.withdraw({one.space, other.space})
-            if self._journal is not None:
-                for pair in self._sharing.closed[one.namespace.id]:
-                    self._journal.save_space(msgspec.json.encode(Disagree(one.namespace.id, pair)))
+            self._withdraw(one.namespace.id, self._sharing.closed[one.namespace.id])
 
         self._event(close)
         self._meet(one)
+
+    def _withdraw(self, namespace: str, closed: Iterable[tuple[str, str]]) -> None:
+        """What these pairs of producers have found of each other is taken back, now and in the next life. The lock is
+        held.
+        """
+        origins = {Origin(namespace, producer) for pair in closed for producer in pair}
+        self._core.withdraw([space for origin in origins if (space := self._core.spaces.get(origin)) is not None])
+        if self._journal is not None:
+            for pair in closed:
+                self._journal.save_space(msgspec.json.encode(Disagree(namespace, pair)))
 
     # The core's actions
 
