@@ -12,9 +12,11 @@ LEAST_MARGIN = 0.5  # of log probability: below it the second token is as good a
 
 def divergence(own: Mapping[int, float], other: Mapping[int, float]) -> float:
     """KL(own || other) of two distributions of which the most likely tokens are known, with log probabilities: over
-    those that both tell, and all else as one. No more than that of the whole distributions.
+    those of ``own``, and all else as one. A token that ``other`` does not tell is as likely there as the last that it
+    does, at the most.
     """
-    both = [(math.exp(own[token]), math.exp(other[token])) for token in own if token in other]
+    least = min(other.values())
+    both = [(math.exp(chance), math.exp(other.get(token, least))) for token, chance in own.items()]
     both.append((max(1e-9, 1 - sum(p for p, _ in both)), max(1e-9, 1 - sum(q for _, q in both))))
     return sum(p * math.log(p / q) for p, q in both)
 
