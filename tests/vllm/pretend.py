@@ -241,12 +241,17 @@ class PretendEngine:
             assert rank.connector._worker.drain(10)
         assert self.scheduler.reset_prefix_cache()
 
-    def step(self) -> Any:
-        """One step; with asynchronous scheduling the answer to the one before is taken in after it was scheduled."""
+    def step(self, meanwhile: Callable[[], object] = lambda: None) -> Any:
+        """One step; with asynchronous scheduling the answer to the one before is taken in after it was scheduled.
+
+        Args:
+            meanwhile: done when the workers have been told what to do, and no answer has been taken in.
+        """
         self.steps += 1
         output = self.scheduler.schedule()
         self.preempted += len(output.preempted_req_ids or ())
         answer = self._execute(output)
+        meanwhile()
         self._waiting.append((output, answer))
         if len(self._waiting) > int(self.asynchronous):
             self._update()

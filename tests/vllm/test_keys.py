@@ -239,6 +239,25 @@ def test_a_worker_that_cannot_be_served_ends_the_cache_for_all(
     assert served.status()["stats"]["chunks"] == 3
 
 
+def test_under_the_policy_fail_nothing_is_promised_before_the_workers_have_said_that_they_can(
+    start: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strange(*_: Any) -> Any:
+        raise LayoutError("strange memory")
+
+    assert start(url=served.url).run("stored", IDS) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache_adapters.vllm.connector.EngineMemory", strange)
+        engine = start(url=served.url, on_error="degrade", policy="fail")
+    assert engine.run("a", IDS) == 0
+    assert str(engine.finished["a"]) == "length"
+    good = start(url=served.url, on_error="degrade", policy="fail")
+    assert good.run("first", IDS) == 0
+    good.flush()
+    assert good.run("then", IDS) == 192
+    assert start(url=served.url, policy="fail").run("refuses", IDS) == 192  # it would not have started
+
+
 def test_a_store_url_gets_a_daemon_of_the_engines_own(
     start: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,9 @@ class SlowCache:
     def forget(self, rid: str) -> None:
         self.forgotten += 1
 
+    def clear(self) -> int:
+        return 0
+
 
 def request() -> Any:
     return SimpleNamespace(
@@ -94,6 +97,34 @@ def test_a_cache_is_not_asked_more_often_than_makes_sense() -> None:
     cache = SlowCache(0.5)
     ask(cache)
     assert cache.asked <= 0.5 / 0.003 + 2
+
+
+def test_patience_begins_anew_with_each_wait() -> None:
+    """vLLM had no blocks for what was found, and meanwhile it was evicted to the tier."""
+    cache = SlowCache(0.0)
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    scheduler.speed.add(0, 640, 2.0)
+    asking = request()
+    cache.seconds, cache.eta_s = 0.1, 0.1
+    assert scheduler.matched(asking, 0) == (None, False)
+    cache.now = 0.2
+    assert scheduler.matched(asking, 0) == (960, True)
+    cache.now, cache.seconds, cache.eta_s = 50.0, 50.1, 50.1
+    assert scheduler.matched(asking, 0) == (None, False)
+    cache.now = 50.2
+    assert scheduler.matched(asking, 0) == (960, True)
+    assert "lookups_given_up" not in scheduler.figures
+
+
+def test_what_was_found_before_a_reset_is_not_promised_after_it() -> None:
+    cache = SlowCache(0.0)
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    asking = request()
+    assert scheduler.matched(asking, 0) == (960, True)
+    assert scheduler.reset()
+    assert cache.forgotten == 1
+    cache.lookup = lambda *_, **__: Lookup(LookupState.MISS)
+    assert scheduler.matched(asking, 0) == (0, False)
 
 
 def test_what_vllm_has_itself_is_not_waited_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -148,21 +149,64 @@ def test_under_pressure_everything_is_evicted_and_comes_back(make: Make) -> None
         assert engine.run(f"warm{number}", ids) > 0
 
 
-def test_abort_at_any_time(make: Make) -> None:
-    engine = make()
+@pytest.mark.parametrize("late", [(), ("_store",), ("_load",)], ids=["prompt", "late stores", "late loads"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_abort_at_any_time(make: Make, asynchronous: bool, ranks: int, late: tuple[str, ...]) -> None:
+    engine = make(asynchronous=asynchronous, ranks=ranks)
     ids = prompt(900)
     engine.run("cold", ids)
     engine.flush()
-    for steps in range(4):
+    _delay(engine, 0.02, *late)
+    for steps in range(8):
         rid = f"abort{steps}"
         engine.add(rid, ids, max_tokens=20)
-        for _ in range(steps):
+
+        def abort(rid: str = rid) -> None:
+            engine.scheduler.finish_requests(rid, RequestStatus.FINISHED_ABORTED)
+
+        for _ in range(steps // 2):
             engine.step()
-        engine.scheduler.finish_requests(rid, RequestStatus.FINISHED_ABORTED)
+        if steps % 2:
+            engine.step(abort)
+        else:
+            abort()
         engine.settle()
         assert not engine.scheduler.requests
         engine.flush()  # which fails while a block is held
     assert engine.run("warm", ids) == 896
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_abort_of_a_load_whose_request_is_stored_from_an_earlier_life(
+    make: Make, asynchronous: bool, ranks: int
+) -> None:
+    """Its stores have ended, but that is not known yet: it must not be named as received and as sent."""
+    engine = make(asynchronous=asynchronous, ranks=ranks, chunk_tokens=32)
+    ids = prompt(300)
+    engine.run("cold", ids)
+    engine.flush()
+    _delay(engine, 0.05, "_store", "_load")
+    engine.add("r", ids, max_tokens=40, params={"no_load": True})
+    state = engine.connector._scheduler._state(engine.requests["r"])
+    while not state.storing:
+        engine.step()
+    while engine._waiting:  # else its blocks are not free, and vLLM cannot
+        engine._update()
+    state.wishes = dataclasses.replace(state.wishes, load=True)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    def abort() -> None:
+        assert state.loading and state.storing
+        engine.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+
+    engine.step(abort)
+    engine.settle()
+    assert not engine.scheduler.requests
+    assert not engine.connector.has_pending_block_frees()
+    engine.flush()
+    assert engine.run("warm", ids) == 288
 
 
 def test_an_aborted_load_stores_nothing(make: Make, served: Served) -> None:
@@ -308,12 +352,48 @@ def test_reset_of_the_connector_removes_what_is_stored(make: Make, served: Serve
     assert engine.run("again", ids) == 0
 
 
-def test_reset_while_requests_run(make: Make) -> None:
-    engine = make()
+def test_a_reset_that_did_not_get_to_its_end_says_so(
+    make: Make, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(served.url)
+    engine.run("cold", prompt(200))
+    engine.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache_sdk.daemon.client._CLEAR_S", 0.0)  # of a pool with very many chunks
+        assert engine.scheduler.reset_prefix_cache(reset_connector=True) is False
+    assert served.process is not None
+    served.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True) is False
+    assert time.monotonic() - began < 2
+    served.process.send_signal(signal.SIGCONT)
+    until(lambda: engine.connector._scheduler._cache.connected)
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert served.status()["stats"]["chunks"] == 0
+
+
+def test_a_reset_does_not_say_true_while_stores_are_under_way(make: Make, served: Served) -> None:
+    engine = make(served.url)
+    _delay(engine, 0.3, "_store")
+    engine.add("r", prompt(200), max_tokens=40)
+    engine.step()  # its prompt is being stored
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True) is False
+    assert engine.ranks[0].connector._worker.drain(10)
+    assert served.status()["stats"]["chunks"] == 3  # that is what would have been left
+    engine.settle()
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert served.status()["stats"]["chunks"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_reset_while_requests_run(make: Make, ranks: int) -> None:
+    engine = make(chunk_tokens=32, ranks=ranks)
+    _delay(engine, 0.02, "_store")
     for number in range(3):
         engine.add(f"r{number}", prompt(200), max_tokens=40)
     for _ in range(5):
         engine.step()
+    assert any(state.storing for state in engine.connector._scheduler._states.values())
     assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     engine.settle()
     assert len(engine.finished) == 3
@@ -390,17 +470,18 @@ def test_preemption_with_two_ranks(make: Make) -> None:
     assert len(engine.finished) == 4
 
 
-def _delay_stores(engine: PretendEngine, seconds: float) -> None:
-    """Gathers begin late, as on a busy machine: whatever may overwrite their blocks has all the time to."""
+def _delay(engine: PretendEngine, seconds: float, *names: str) -> None:
+    """Copies begin late, as on a busy machine: whatever may overwrite their blocks has all the time to."""
     for rank in engine.ranks:
         copies = rank.connector._worker._connector
-        store, pause = copies._store, threading.Event()
+        for name in names:
+            copy, pause = getattr(copies, name), threading.Event()
 
-        def late(*arguments: Any, store: Any = store, pause: Any = pause) -> None:
-            pause.wait(seconds)
-            store(*arguments)
+            def late(*arguments: Any, copy: Any = copy, pause: Any = pause) -> None:
+                pause.wait(seconds)
+                copy(*arguments)
 
-        copies._store = late
+            setattr(copies, name, late)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -408,7 +489,7 @@ def _delay_stores(engine: PretendEngine, seconds: float) -> None:
 def test_late_stores_read_what_they_should(make: Make, ranks: int, asynchronous: bool) -> None:
     """Blocks of requests that have ended are not given away while a store reads them."""
     engine = make(blocks=22, ranks=ranks, asynchronous=asynchronous)
-    _delay_stores(engine, 0.1)
+    _delay(engine, 0.1, "_store")
     prompts = [prompt(260) for _ in range(6)]
     for number, ids in enumerate(prompts):
         engine.add(f"r{number}", ids, max_tokens=2 if number % 2 else 100)
@@ -423,7 +504,7 @@ def test_late_stores_read_what_they_should(make: Make, ranks: int, asynchronous:
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_preempted_blocks_wait_for_their_stores(make: Make, asynchronous: bool) -> None:
     engine = make(blocks=18, chunk_tokens=32, asynchronous=asynchronous)
-    _delay_stores(engine, 0.03)
+    _delay(engine, 0.03, "_store")
     for number in range(4):
         engine.add(f"r{number}", prompt(95), max_tokens=120)
     engine.settle()
@@ -442,7 +523,7 @@ def test_blocks_are_not_held_for_longer_than_it_takes(make: Make) -> None:
     engine.settle()
     assert engine.scheduler.reset_prefix_cache()
     assert not engine.connector.has_pending_block_frees()
-    _delay_stores(engine, 0.2)
+    _delay(engine, 0.2, "_store")
     engine.add("b", prompt(300), max_tokens=1)
     engine.step()
     assert engine.connector.has_pending_block_frees()

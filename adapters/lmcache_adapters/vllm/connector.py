@@ -77,6 +77,8 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
                 ranks=self._ranks,
                 loads=transfer.is_kv_consumer,
                 stores=transfer.is_kv_producer,
+                # A worker that cannot load costs the first request nothing, then; or the engine does not start.
+                unheard=self._refuse or transfer.kv_load_failure_policy == "recompute",
             )
             _log.info("namespace %s, producer %s, %s", self._namespace.id, self._producer.name, self._settings.url)
 

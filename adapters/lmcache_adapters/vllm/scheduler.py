@@ -40,6 +40,7 @@ class _State:
             the first estimate, and what computing would take.
         stored: chunks that the workers were told to store.
         storing: stores of theirs that have not ended.
+        loading: a load was ordered, and the workers have not named it as received.
         filled: tokens whose KV is there when the last planned step is done. vLLM also counts what is being loaded.
         doubtful: another connector loads within a step (MultiConnector) whose end is not known yet; it may fail.
         hopeless: a load has failed; what is left of the request is computed.
@@ -59,6 +60,7 @@ class _State:
     sources: Mapping[str, int] = field(default_factory=dict)
     stored: int = 0
     storing: int = 0
+    loading: bool = False
     filled: int = 0
     doubtful: bool = False
     hopeless: bool = False
@@ -71,6 +73,7 @@ class Scheduler:
         block_tokens: of a block as vLLM's scheduler counts them.
         ranks: workers, each of which copies its own part.
         loads, stores: what this engine does at all.
+        unheard: loads are promised before the workers have said, in their first report, that they can.
         clock: for tests.
     """
 
@@ -82,6 +85,7 @@ class Scheduler:
         ranks: int = 1,
         loads: bool = True,
         stores: bool = True,
+        unheard: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._cache = cache
@@ -89,6 +93,7 @@ class Scheduler:
         self._block_tokens = block_tokens
         self._ranks = ranks
         self._loads, self._stores = loads, stores
+        self._ready = unheard
         self._clock = clock
         self._states: dict[str, _State] = {}
         self._held: dict[str, _State] = {}  # finished; their blocks wait for their stores
@@ -133,6 +138,7 @@ class Scheduler:
             state.sources = lookup.sources
             used = -(-end // self._block_tokens)
             self._step.loads.append(Load(rid, ticket, start, end, state.blocks[:used]))
+            state.loading = True
         self._safely(None, self._cache.forget, rid)
 
     def build_step(self, output: Any) -> StepMeta:
@@ -165,6 +171,7 @@ class Scheduler:
         """What the workers say after a step."""
         now = self._clock()
         if report is not None:
+            self._ready = True
             if report.trouble:
                 _log.error("vLLM serves WITHOUT the cache, since a worker cannot use it: %s", report.trouble)
                 self._loads = self._stores = False
@@ -182,6 +189,8 @@ class Scheduler:
         self._last_output = now
         for rid in received:
             self._release(rid)
+            if rid in self._states:
+                self._states[rid].loading = False
         for rid in sent:
             state = self._held.pop(rid, None)
             if state is not None:
@@ -199,7 +208,9 @@ class Scheduler:
         # With asynchronous scheduling the last tokens were not known yet when their step was planned.
         processed = request.num_computed_tokens - _in_flight(request)
         self._store(self._step, state, min(processed, state.filled))
-        if state.storing <= 0:
+        # vLLM itself keeps the blocks of a load until that is received, and ends the request then: it must not be named
+        # a second time. Stores from before it was preempted have ended before the load began.
+        if state.storing <= 0 or state.loading:
             self._pin(state)
             return False
         self._held[rid] = state
@@ -216,10 +227,13 @@ class Scheduler:
         return state.sources if state is not None else {}
 
     def reset(self) -> bool:
-        """Remove all KV of this model; False if the cache cannot be reached, so that it would come back."""
-        if not getattr(self._cache, "connected", True):
-            return False
-        return self._safely(None, self._cache.clear) is not None
+        """Remove all KV of this model; False if some of it is left, or on its way to the cache: ask again."""
+        for rid, state in self._states.items():
+            if state.lookup is not None:  # it has found what is being removed
+                state.lookup = state.pending_since = None
+                self._safely(None, self._cache.forget, rid)
+        cleared = self._safely(None, self._cache.clear) is not None
+        return cleared and not any(state.storing > 0 for state in (*self._states.values(), *self._held.values()))
 
     def take_figures(self) -> dict[str, float]:
         """What has been counted since the last call."""
@@ -263,7 +277,10 @@ class Scheduler:
                 lookup = self._safely(_MISS, self._cache.wait, rid, 0.0, settle=True)
                 self._count("lookups_given_up")
         state.lookup, state.asked_at = lookup, now
-        return None if lookup.state == LookupState.PENDING else lookup
+        if lookup.state == LookupState.PENDING:
+            return None
+        state.pending_since = None
+        return lookup
 
     def _saves_s(self, lookup: Lookup, computed: int, usable: int) -> float | None:
         """How long computing what is on its way would take; of all that could be while nobody knows yet."""
@@ -276,6 +293,7 @@ class Scheduler:
     def _wants_load(self, state: _State) -> bool:
         return (
             self._loads
+            and self._ready
             and state.wishes.load
             and not state.hopeless
             and state.chain is not None

@@ -58,6 +58,7 @@ class Worker:
         self._held: set[str] = set()
         self._lost_blocks: set[int] = set()
         self._report = StepReport(trouble=trouble)
+        self._has_reported = False
         self.figures: dict[str, float] = {}
 
     def before_forward(self, meta: StepMeta) -> None:
@@ -120,9 +121,10 @@ class Worker:
         return lost
 
     def report(self) -> StepReport | None:
-        """What the scheduler's half does not see otherwise, since the last call."""
+        """What the scheduler's half does not see otherwise, since the last call; the first time in any case."""
         report, self._report = self._report, StepReport()
-        return report if report != StepReport() else None
+        first, self._has_reported = not self._has_reported, True
+        return report if first or report != StepReport() else None
 
     def take_figures(self) -> dict[str, float]:
         """What has been counted since the last call."""
