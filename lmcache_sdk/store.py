@@ -831,7 +831,7 @@ class Store:
             for action in actions:
                 try:
                     self._carry_out(action)
-                except Exception:  # noqa: BLE001 - it may be anybody's call
+                except Exception:  # noqa: BLE001 - any call may run into it, and is not what failed
                     _log.exception("%s failed", type(action).__name__)
                 done += 1
         finally:

@@ -319,7 +319,7 @@ def _speeds(url: str) -> Iterator[Finding]:
         if isinstance(kernels, DeviceKernels):
             try:
                 yield from map(finding, device_speeds(kernels, f"{kind}:0"))
-            except Exception as error:  # noqa: BLE001  other people's code, and other people's devices
+            except Exception as error:  # noqa: BLE001 - other people's code and devices: that one fails is the finding
                 yield Finding("speed", f"{kind}:0", f"not measured: {type(error).__name__}: {error}", "warn")
     parsed = address(url)
     place = local_path(parsed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -31,13 +31,16 @@ ONE, TWO, THREE = Producer("one", "1", "cpu"), Producer("two", "1", "cpu"), Prod
 SPEC = KVSpec((Group("full", GroupKind.FULL, tuple(range(LAYERS)), HEADS, DIM, "bfloat16"),), CHUNK)
 NAMESPACE = Namespace("f", SPEC, label="shared")
 
+KV = npt.NDArray[np.float32]
+Change = Callable[[KV], KV]
 
-def bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+
+def bf16(values: KV) -> npt.NDArray[np.uint16]:
     bits = values.astype("<f4").view("<u4")
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
-def kv_of(producer: Producer, digest: bytes) -> npt.NDArray[np.float32]:
+def kv_of(producer: Producer, digest: bytes) -> KV:
     """``[layer, 2, token, head, dim]`` of one chunk: the same for all, but for the noise of each."""
     shape = (LAYERS, 2, CHUNK, HEADS, DIM)
     true = np.random.default_rng(int.from_bytes(digest[:8])).standard_normal(shape)
@@ -60,7 +63,11 @@ def is_left_out(chain: Chain) -> bool:
     return int.from_bytes(chain.digests()[0][-8:]) % LEAVE_OUT == 0
 
 
-def write(cache: Cache, chain: Chain, first: int = 0, end: int | None = None, change=lambda kv: kv) -> int:  # type: ignore[no-untyped-def]
+def unchanged(kv: KV) -> KV:
+    return kv
+
+
+def write(cache: Cache, chain: Chain, first: int = 0, end: int | None = None, change: Change = unchanged) -> int:
     """Store chunks as an engine would that has computed them; the answer is how many there was room for."""
     end = len(chain) if end is None else end
     reservation = cache.reserve("w", chain, first, end - first)
@@ -94,6 +101,13 @@ def read(cache: Cache, chain: Chain, rid: str = "r") -> tuple[list[str], str]:
     return whose, ticket.fidelity
 
 
+class Kept(MemoryBackend):
+    """Another store follows on it."""
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+
 class World:
     """Some engines on one store."""
 
@@ -121,8 +135,8 @@ class World:
         self.store._overlap.worker.submit(done.set)
         assert done.wait(10)
 
-    def spaces(self) -> set[tuple[str, str, int]]:
-        return {(s["producer"], s["fidelity"], s["chunks"]) for s in self.store.describe_spaces()}  # type: ignore[misc]
+    def spaces(self) -> set[tuple[str | int, ...]]:
+        return {(s["producer"], s["fidelity"], s["chunks"]) for s in self.store.describe_spaces()}
 
 
 @pytest.fixture
@@ -237,7 +251,7 @@ def test_the_origin_of_every_record_is_right(world: World) -> None:
 # The overlap check
 
 
-def overlap_of(*caches: Cache, seed: int = 1, chunks: int = 9, change=lambda kv: kv) -> Chain:  # type: ignore[no-untyped-def]
+def overlap_of(*caches: Cache, seed: int = 1, chunks: int = 9, change: Change = unchanged) -> Chain:
     """All store the same text; the last one with a change."""
     chain = text(seed, chunks)
     for cache in caches[:-1]:
@@ -246,7 +260,7 @@ def overlap_of(*caches: Cache, seed: int = 1, chunks: int = 9, change=lambda kv:
     return chain
 
 
-def overlap(world: World, *caches: Cache, seed: int = 1, chunks: int = 9, change=lambda kv: kv) -> Chain:  # type: ignore[no-untyped-def]
+def overlap(world: World, *caches: Cache, seed: int = 1, chunks: int = 9, change: Change = unchanged) -> Chain:
     """And all that is to be compared has been."""
     chain = overlap_of(*caches, seed=seed, chunks=chunks, change=change)
     world.agree()
@@ -366,34 +380,36 @@ def test_a_chunk_that_agreed_once_is_judged_again(world: World) -> None:
     assert (only(world).state, only(world).compared, only(world).failed) == ("closed", 4, 1)
 
 
-def shifted(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def shifted(kv: KV) -> KV:
     return np.roll(kv, 1, axis=2)
 
 
-def interleaved(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def interleaved(kv: KV) -> KV:
     k = kv[:, 0].reshape(*kv[:, 0].shape[:-1], 2, -1).swapaxes(-1, -2).reshape(kv[:, 0].shape)
     return np.stack([k, kv[:, 1]], axis=1)
 
 
-def transposed(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def transposed(kv: KV) -> KV:
     k = kv[:, 0].swapaxes(1, 3).reshape(kv[:, 0].shape)
     return np.stack([k, kv[:, 1]], axis=1)
 
 
-def other_weights(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def other_weights(kv: KV) -> KV:
     return np.random.default_rng(7).standard_normal(kv.shape).astype("<f4")
 
 
-def one_layer(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def one_layer(kv: KV) -> KV:
     return kv * np.where(np.arange(LAYERS) == 1, 1.05, 1.0).astype("<f4")[:, None, None, None, None]
 
 
-def no_numbers(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def no_numbers(kv: KV) -> KV:
     return np.full_like(kv, np.nan)
 
 
 @pytest.mark.parametrize("wrong", [shifted, interleaved, transposed, other_weights, one_layer, no_numbers])
-def test_a_wrong_convention_closes_and_is_never_served(world: World, caplog: pytest.LogCaptureFixture, wrong) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_convention_closes_and_is_never_served(
+    world: World, caplog: pytest.LogCaptureFixture, wrong: Change
+) -> None:
     one, two, other = world.engine(ONE), world.engine(TWO), text(2, 6)
     write(two, other, change=wrong)
     chain = overlap(world, one, two, change=wrong)
@@ -458,7 +474,7 @@ def test_errors_are_relative_and_of_the_worst_layer(dtype: str) -> None:
     other[1, 0] *= 1.25
     cut = [(layer, slice(first, first + 2)) for layer in (0, 1) for first in (0, 2)]
 
-    def cells(values: npt.NDArray[np.float32]) -> list[npt.NDArray[np.uint8]]:
+    def cells(values: KV) -> list[npt.NDArray[np.uint8]]:
         parts = [np.ascontiguousarray(values[layer, :, :, heads]) for layer, heads in cut]
         encode = {"bfloat16": bf16, "float16": lambda part: part.astype("<f2"), "float32": lambda part: part}[dtype]
         return [np.frombuffer(encode(part).tobytes(), np.uint8) for part in parts]
@@ -501,10 +517,9 @@ def test_the_next_life_knows_who_is_closed(tmp_path: Path) -> None:
         write(one, other)
         write(two, chain, change=shifted)
         wait_until(lambda: store.stats().pairs[0].state == "closed")
-    two = open_cache(url, namespace=NAMESPACE, producer=TWO, pool_bytes=1 << 20)  # type: ignore[assignment]
-    wait_until(lambda: [pair.state for pair in two.stats().pairs] == ["closed"])
-    assert read(two, other) == ([], "")
-    two.close()
+    with closing(open_cache(url, namespace=NAMESPACE, producer=TWO, pool_bytes=1 << 20)) as later:
+        wait_until(lambda: [pair.state for pair in later.stats().pairs] == ["closed"])
+        assert read(later, other) == ([], "")
 
 
 def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
@@ -610,14 +625,13 @@ def test_beyond_its_bound_a_lineage_calls_nothing_exact() -> None:
 
 def test_chunks_that_lie_scattered_are_not_looked_for_without_end() -> None:
     """An instant tier is asked within the lookup, each time from within the answer to the last question."""
-    tier, chain = MemoryBackend(), text(1, 200)
+    tier, chain = Kept(), text(1, 200)
     with closing(Store([Tier("memory", tier)], pool_bytes=4 << 20)) as store:
         one, two = LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
         for at in range(0, 200, 2):
             write(one, chain, at, at + 1)
             write(two, chain, at + 1, at + 2)
         assert store.drain(10)
-        tier.close = lambda timeout_s: None  # type: ignore[method-assign]
     with closing(Store([Tier("memory", tier)], pool_bytes=4 << 20)) as store:
         two = LocalCache(store, NAMESPACE, TWO, share=Share.ANY)
         assert store.drain(10)

@@ -14,6 +14,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from lmcache_adapters.hf import Model, load_model
+from tests.backends.programs import lacking
 from tests.cross import starts
 from tests.cross.starts import CHUNK
 
@@ -22,7 +23,7 @@ from tests.cross.starts import CHUNK
 def directory() -> Path:
     missing = starts.missing()
     if missing:
-        pytest.skip(f"{missing} must be set; `make nox ARGS='-s cross'` does")
+        lacking(f"{missing} must be set; `make nox ARGS='-s cross'` does")
     return Path(os.environ["LMCACHE_SDK_TEST_MODEL"])
 
 

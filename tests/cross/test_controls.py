@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -44,13 +44,13 @@ class Known(NamedTuple):
         common: tokens of a text that it will compute itself.
         prompt: those of one that others have stored, and a question.
         own: its reply to the prompt.
-        kv: by name, the KV of the common text and of the stored part of the prompt.
+        kv: by name, the KV of the common text, and that of the stored part of the prompt.
     """
 
     common: list[int]
     prompt: list[int]
     own: Result
-    kv: dict[str, tuple[KV, KV]]
+    kv: dict[str, tuple[KV, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,19 @@ def known(model: Model, text: Text, tmp_path_factory: pytest.TempPathFactory) ->
     own, reply = _compute(model, tmp_path_factory.mktemp("own"), texts, prompt)
     other, _ = _compute(_with_other_weights(model), tmp_path_factory.mktemp("other"), texts, prompt)
     assert reply is not None
-    found = {RIGHT: tuple(kv.noisy(some, 0.01, SEED) for some in own), "other weights": other}
+    found: dict[str, tuple[KV, ...]] = {
+        RIGHT: tuple(kv.noisy(some, 0.01, SEED) for some in own),
+        "other weights": other,
+    }
     for some in own:
         for name, wrong in kv.wrong_conventions(some).items():
             found[name] = (*found.get(name, ()), wrong)
-    return Known(common, prompt, reply, found)  # type: ignore[arg-type]
+    return Known(common, prompt, reply, found)
 
 
-def _compute(model: Model, folder: Path, texts: tuple[list[int], ...], prompt: list[int]) -> tuple[Any, Result]:
+def _compute(
+    model: Model, folder: Path, texts: tuple[list[int], ...], prompt: list[int]
+) -> tuple[tuple[KV, ...], Result]:
     with Runner(model, _url(folder), share="own") as runner:
         for ids in texts:
             runner.generate(ids, max_new_tokens=1)
@@ -129,7 +134,7 @@ def test_used_unseen_it_fails_a_gate(model: Model, known: Known, name: str, tmp_
         assert found > MOST_KL
 
 
-def test_right_KV_of_another_does_not(model: Model, known: Known, tmp_path: Path) -> None:  # noqa: N802
+def test_right_chunks_of_another_do_not(model: Model, known: Known, tmp_path: Path) -> None:
     _write(_url(tmp_path), model, known, RIGHT)
     with Runner(model, _url(tmp_path), share="any") as runner:
         reply = _ask(runner, known)

@@ -114,7 +114,7 @@ def test_all_have_one_namespace_and_each_engine_is_a_producer(engines: Engines) 
     assert said["hicache"]["producer"] == said["linker"]["producer"]
 
 
-def test_their_KV_agrees(engines: Engines) -> None:  # noqa: N802
+def test_their_chunks_agree(engines: Engines) -> None:
     read = {}
     for name in NAMES:
         cache = engines.exact(name)
@@ -167,7 +167,7 @@ def test_what_one_has_stored_the_other_uses(engines: Engines, model: Model, auth
         assert first_difference(own["token_ids"], reply["token_ids"], margins) is None
 
 
-def test_what_builds_on_others_KV_is_not_an_engines_own(engines: Engines) -> None:  # noqa: N802
+def test_what_builds_on_others_chunks_is_not_an_engines_own(engines: Engines) -> None:
     """After the test before: nothing that was read from others, or computed behind it, is exact."""
     for author, reader in itertools.permutations(NAMES, 2):
         if {author, reader} != DOORS:

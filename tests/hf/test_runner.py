@@ -320,6 +320,6 @@ def test_a_pool_smaller_than_the_prompt_only_means_fewer_hits(tiny: Model, plain
             assert small.drain()
 
 
-def test_whose_KV_is_used_must_be_said_right(tiny: Model, store_url: str) -> None:  # noqa: N802
+def test_whose_chunks_are_used_must_be_said_right(tiny: Model, store_url: str) -> None:
     with pytest.raises(ConfigError, match="share is 'all'; it is one of: verified, any, own"):
         Runner(tiny, store_url, share="all")

@@ -231,7 +231,7 @@ class Torch:
         yield
         self.current = before  # makes no context
 
-    def ExternalStream(self, handle: int, device: torch.device) -> tuple[int, torch.device]:  # noqa: N802
+    def ExternalStream(self, handle: int, device: torch.device) -> tuple[int, torch.device]:  # noqa: N802 - torch's name
         return handle, device
 
     @contextmanager
