@@ -587,7 +587,10 @@ class Store:
 
     def _open(self, namespace: Namespace, producer: Producer, fidelity: str = EXACT) -> OpenSpace:
         """``open_space`` without a word to anybody. The lock is held."""
-        spec = namespace.spec
+        origin, spec = Origin(namespace.id, producer.id, fidelity), namespace.spec
+        known = self._core.spaces.get(origin)
+        if known is not None and known in self._spaces:
+            return self._spaces[known]
         spec.validate()
         sizes = [extent_bytes(cell.nbytes) for cell in spec.cells]
         if sum(sizes) > max(self.pool.sizes):
@@ -595,21 +598,19 @@ class Store:
                 f"one chunk has {sum(sizes)} bytes, the pool {sum(self.pool.sizes)}; "
                 f"raise pool_bytes or lower chunk_tokens ({spec.chunk_tokens})"
             )
-        space = self._core.open_space(Origin(namespace.id, producer.id, fidelity), sizes, spec.chunk_tokens)
-        opened = self._spaces.get(space)
-        if opened is None:
-            opened = self._spaces[space] = OpenSpace(space, namespace, producer)
-            space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
-            if fidelity == EXACT:
-                self._sharing.join(opened)
-            if self._journal is not None:
-                self._journal.save_space(_described(opened))
-            room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
-            if room < _PROMPT_TOKENS and fidelity == EXACT:
-                _log.warning(
-                    "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
-                    room, namespace.label or namespace.id, _PROMPT_TOKENS,
-                )  # fmt: skip
+        space = self._core.open_space(origin, sizes, spec.chunk_tokens)
+        opened = self._spaces[space] = OpenSpace(space, namespace, producer)
+        space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
+        if fidelity == EXACT:
+            self._sharing.join(opened)
+        if self._journal is not None:
+            self._journal.save_space(_described(opened))
+        room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
+        if room < _PROMPT_TOKENS and fidelity == EXACT:
+            _log.warning(
+                "the pool holds %d tokens of %s, less than one prompt of %d: of little use; raise pool_bytes",
+                room, namespace.label or namespace.id, _PROMPT_TOKENS,
+            )  # fmt: skip
         return opened
 
     def _close_spaces(self, spaces: Sequence[Space]) -> None:

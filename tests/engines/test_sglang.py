@@ -58,8 +58,8 @@ class TestSGLangHiCache(EngineTests):
 
     def test_a_shared_prefix(self, engine: EngineHarness) -> None:
         """KV is rounded by the number of tokens that are computed with it: 192 that were computed with 58 others differ
-        in some bits from the same with 78 others, enough for another logprob of one prompt in five, and another token
-        of one in thirty. So a hit is held against SGLang's own of the same 192, which it equals to the last bit.
+        in some bits from the same with 78 others, enough for another logprob of some prompts, and another token of a
+        few. So a hit is held against SGLang's own of the same 192, which it equals to the last bit.
         """
         shared = self.prompt(200)
         first, ids = shared + self.prompt(50), shared + self.prompt(70)
