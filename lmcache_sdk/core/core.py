@@ -184,13 +184,13 @@ class Core:
         end = min(start + count, request.at_hand().reach)
         if not failed:
             state.lacked(request, start + count, now)
-        request.found([None] * (end - start))
-        request.fetch |= dict.fromkeys(range(start, end), probe.tier)
         if end > start:
+            request.found([None] * (end - start))
+            request.fetch |= dict.fromkeys(range(start, end), probe.tier)
             self._found_some(request, probe.tier)
         else:
             request.tier = probe.tier + 1
-        self._walk(request, now)
+        self._walk(request, now, in_pool=end > start)
 
     def hurry(self, rid: str, now: float) -> None:
         """The asker waits no longer: answer with the part of the prefix that is in the pool already."""
@@ -543,9 +543,12 @@ class Core:
         walked = request.length if walking else min(len(request.entries) + 1, request.length)
         return len(chain) == request.length and chain.digests(walked) == request.chain.digests(walked)
 
-    def _walk(self, request: Request, now: float) -> None:
+    def _walk(self, request: Request, now: float, *, in_pool: bool = True) -> None:
         """Extend the prefix through the pool; where it ends there, ask the tiers; then the next space in the same way.
         If nobody is left to ask, start the loads.
+
+        Args:
+            in_pool: False: the pool has been looked into already, for the chunk and the space at hand.
         """
         chain = request.chain
         if not request.entries and 0 < request.length == chain.hashed:
@@ -557,9 +560,10 @@ class Core:
                 self._load(request, now, linked=request.length)
                 return
         while len(request.entries) < request.length:
-            if self._extend(request):
+            if in_pool and self._extend(request):
                 self._found_some(request)
                 continue
+            in_pool = True
             if self._ask(request, now):
                 return
             if request.source == len(request.others) or self._leaves_out(request):
@@ -776,6 +780,8 @@ class Core:
 
     def _hold(self, request: Request) -> None:
         """Keep what was found, up to the limit, and no longer what is behind it."""
+        if not request.runs:
+            return
         held, request.holds = request.holds, request.last_of_runs(request.limit)
         for entry in request.holds:
             self.index.hold(entry)

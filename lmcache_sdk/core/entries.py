@@ -142,6 +142,7 @@ class Request:
         "length",
         "limit",
         "others",
+        "own",
         "pending",
         "prefetch",
         "probes",
@@ -177,6 +178,7 @@ class Request:
         self.started = started
         self.deadline = deadline
         self.state = RequestState.WALKING
+        self.own = Source(space, self.length)
         self.others = others
         self.leave_out = leave_out
         self.runs: list[tuple[int, Space]] = []
@@ -196,7 +198,7 @@ class Request:
 
     def at_hand(self) -> Source:
         """The space that is being asked."""
-        return self.others[self.source - 1] if self.source else Source(self.space, self.length)
+        return self.others[self.source - 1] if self.source else self.own
 
     def found(self, entries: Sequence[Entry | None]) -> None:
         """The space that is being asked has these chunks, the next ones; None: in a tier."""
@@ -231,7 +233,10 @@ class Request:
 
     def count_deletions(self) -> int:
         """In all of its spaces."""
-        return self.space.deletions + sum(other.space.deletions for other in self.others)
+        count = self.space.deletions
+        for other in self.others:
+            count += other.space.deletions
+        return count
 
     def sources(self, tiers: Sequence[str]) -> dict[str, int]:
         fetched = Counter(tier for position, tier in self.fetch.items() if position < self.limit)
