@@ -21,11 +21,9 @@ from lmcache_sdk.api import PairStats
 from lmcache_sdk.core import Source
 from lmcache_sdk.jobs import OpenSpace
 from lmcache_sdk.keys import Chain, Origin
-from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.spec import KVSpec, Producer, Share
 from lmcache_sdk.workers import Worker
 
-_log = logger("sharing")
 _T = TypeVar("_T")
 
 # Of the relative error of each layer, in one chunk. Seen between engines in bfloat16 (SmolLM2, 30 layers, 64 tokens):

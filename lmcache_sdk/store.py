@@ -9,17 +9,16 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from lmcache_sdk.adoption import Described, Disagree, adopt, end_earlier_life, remembered, room_of, write_journal
+from lmcache_sdk.adoption import Described, adopt, end_earlier_life, remembered, room_of, write_journal
 from lmcache_sdk.api import Lookup, LookupState, PoolStats, Reservation, Stats, Ticket, TierStats
-from lmcache_sdk.backend import Backend, Miss, RegisterMemory, Scan, Touch
+from lmcache_sdk.backend import Backend, RegisterMemory, Scan, Touch
 from lmcache_sdk.config import Tenant
 from lmcache_sdk.core import (
     Action,
@@ -36,7 +35,6 @@ from lmcache_sdk.core import (
     RequestState,
     Reserved,
     Resolved,
-    Source,
     Space,
     StartJob,
     Stored,
@@ -45,16 +43,15 @@ from lmcache_sdk.core.extents import SEGMENT_SHIFT, Extents
 from lmcache_sdk.errors import BackendError, BackendFull, ConfigError, UnsupportedError
 from lmcache_sdk.eviction import QUEUES, Fair, Policy
 from lmcache_sdk.janitor import Janitor
-from lmcache_sdk.jobs import Jobs, OpenSpace, Tier, manifests
+from lmcache_sdk.jobs import Jobs, OpenSpace, Tier
 from lmcache_sdk.keys import EXACT, FOREIGN, Chain, Origin
 from lmcache_sdk.observe.events import EventLog
 from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
 from lmcache_sdk.pool import Pool, PrivatePool, extent_bytes, segment_sizes
-from lmcache_sdk.records import (
-    HEADER_BYTES,
-)
-from lmcache_sdk.sharing import LEAVE_OUT, NAME, Known, OverlapCheck, Sharing, first_middle_last, is_name
+from lmcache_sdk.producers import Producers, is_own
+from lmcache_sdk.records import HEADER_BYTES
+from lmcache_sdk.sharing import LEAVE_OUT, NAME, is_name
 from lmcache_sdk.spec import Namespace, Producer, Share
 from lmcache_sdk.workers import KnownUsage, Worker
 
@@ -65,10 +62,6 @@ _log = logger("store")
 _T = TypeVar("_T")
 
 _TICK_S = 0.1
-_OVERLAP = "\0overlap/"  # begins the ids of the store's own requests
-_COPY_S = 5.0  # for a tier to bring a chunk that is to be compared
-_MANIFEST_BYTES = 1 << 20
-_MEET_S = 30.0  # between two looks at who else stores in a namespace, while it is asked for
 _CLEARED_AT_ONCE = 128
 _TOUCHES = 64  # that wait for one tier; beyond it uses are not counted
 _PROMPT_TOKENS = 4096  # a pool that does not hold one prompt of this length is told at start
@@ -130,7 +123,6 @@ class Store:
         self.boot = uuid.uuid4().hex
         self.tiers = list(tiers)
         self._tier_names = [tier.name for tier in tiers]
-        self._sharing = Sharing()
         self._lookups = {result: self.metrics.lookups.labels(result) for result in ("hit", "miss")}
         self._tokens = {s: self.metrics.lookup_tokens.labels(s) for s in ("pool", *self._tier_names, "none")}
         self._journal = self.pool.journal
@@ -154,7 +146,16 @@ class Store:
         self._stop = threading.Event()
         self._busy = threading.Event()
         self._sealer = Worker("seal")
-        self._overlap = OverlapCheck(self._copy_of, self._compared)
+        self._producers = Producers(
+            self._core,
+            self._spaces,
+            self.pool,
+            self.metrics,
+            event=self._event,
+            open_space=self._open,
+            wait=self.wait,
+            write=self._write_to_all,
+        )
         self._readers = [Worker(f"{tier.name}-read", limits.readers) for tier in tiers]
         self._writers = [Worker(f"{tier.name}-write") for tier in tiers]
         # Not the readers: whether a chunk is there is known long before the loads that wait in line.
@@ -200,8 +201,7 @@ class Store:
             raise ConfigError(f"a producer is {NAME} printable characters at most, got {producer.name[:NAME]!r}")
         with self._lock:
             opened = self._open(namespace, producer)
-        if time.monotonic() >= opened.meet_at:
-            self._meet(opened)
+        self._producers.meet_when_due(opened, time.monotonic())
         return opened
 
     def lookup(
@@ -222,8 +222,8 @@ class Store:
         if self._closed:
             return Lookup(LookupState.MISS, why="closed")
         now = time.monotonic()
-        if share is not Share.OWN and self.tiers and now >= opened.meet_at:
-            self._meet(opened)
+        if share is not Share.OWN:
+            self._producers.meet_when_due(opened, now)
 
         def lookup() -> Request:
             return self._core.lookup(
@@ -233,7 +233,7 @@ class Store:
                 now,
                 prefetch=prefetch,
                 total=total,
-                others=self._sources(opened, chain, share),
+                others=self._producers.sources(opened, chain, share),
                 leave_out=LEAVE_OUT if share is Share.VERIFIED else 0,
             )
 
@@ -309,11 +309,11 @@ class Store:
         def reserve() -> tuple[int, Reserved] | None:
             derived, wanted = None, digests
             if inexact is not None:
-                room = self._derived(opened, share)
+                room = self._producers.derived(opened, share)
                 if room is None:  # nobody would read it
                     wanted = digests[: max(0, inexact - first)]
                 else:
-                    others = (opened, *self._sharing.others(opened))
+                    others = (opened, *self._producers.sharing.others(opened))
                     derived = Derived(inexact, room.space, [other.space for other in others])
             return self._core.reserve(
                 opened.space,
@@ -358,7 +358,9 @@ class Store:
     def delete(self, opened: OpenSpace, digests: Sequence[bytes]) -> int:
         if self._closed:
             return 0
-        return self._event(lambda: sum(self._core.delete(space, digests) for space in self._spaces_of(opened)))
+        return self._event(
+            lambda: sum(self._core.delete(space, digests) for space in self._producers.spaces_of(opened))
+        )
 
     def clear(self, opened: OpenSpace) -> int:
         """Remove the space's chunks from the pool at once and from the tiers that can list theirs in the background."""
@@ -375,7 +377,7 @@ class Store:
 
         def clear() -> int:
             removed = 0
-            for space in self._spaces_of(opened):
+            for space in self._producers.spaces_of(opened):
                 if removed < _CLEARED_AT_ONCE:
                     removed += self._core.clear(space, _CLEARED_AT_ONCE - removed)
             return removed
@@ -418,7 +420,7 @@ class Store:
             metrics.tier_unwritten_bytes.labels(tier.name).set(unwritten_bytes)
         self._busy.set()
         with self._lock:
-            pairs = self._sharing.stats()
+            pairs = self._producers.sharing.stats()
         for state in ("checking", "open", "closed"):
             metrics.pairs.labels(state).set(sum(pair.state == state for pair in pairs))
         return Stats(pool, chunks, leases, tuple(tiers), metrics.values(), pairs)
@@ -445,7 +447,7 @@ class Store:
         return not self._in_use()
 
     def _workers(self) -> list[Worker]:
-        return [self._overlap.worker, self._sealer, *self._readers, *self._writers, *self._probers.values()]
+        return [self._producers.overlap.worker, self._sealer, *self._readers, *self._writers, *self._probers.values()]
 
     def _in_use(self) -> bool:
         """Whether a call that has not returned may use the pool's memory; to ask a tier what it has takes none."""
@@ -463,7 +465,7 @@ class Store:
         self._tell_change()
 
     def _end(self, deadline: float) -> None:
-        self._overlap.end()
+        self._producers.overlap.end()
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -602,7 +604,7 @@ class Store:
         opened = self._spaces[space] = OpenSpace(space, namespace, producer)
         space.block_chunks = max((opened.most_chunks(tier) for tier in self.tiers), default=1)
         if fidelity == EXACT:
-            self._sharing.join(opened)
+            self._producers.sharing.join(opened)
         if self._journal is not None:
             self._journal.save_space(_described(opened))
         room = sum(self.pool.sizes) // sum(sizes) * spec.chunk_tokens
@@ -616,64 +618,9 @@ class Store:
     def _close_spaces(self, spaces: Sequence[Space]) -> None:
         """Those without chunks or users. The lock is held."""
         for space in self._core.close_spaces(spaces):
-            self._sharing.leave(self._spaces.pop(space))
+            self._producers.sharing.leave(self._spaces.pop(space))
         if self._journal is not None:
-            pairs = [Disagree(name, pair) for name, pairs in self._sharing.closed.items() for pair in sorted(pairs)]
-            self._journal.keep_spaces(
-                [*map(_described, self._spaces.values()), *(msgspec.json.encode(pair) for pair in pairs)]
-            )
-
-    # Sharing
-
-    def _spaces_of(self, opened: OpenSpace) -> list[Space]:
-        """All of a producer's: what is exact, and what was derived from others'. The lock is held."""
-        namespace, producer = opened.namespace.id, opened.producer.id
-        origins = (Origin(namespace, producer, fidelity) for fidelity in (EXACT, FOREIGN, f"{FOREIGN}.any"))
-        return [space for origin in origins if (space := self._core.spaces.get(origin)) is not None]
-
-    def _sources(self, opened: OpenSpace, chain: Chain, share: Share) -> Sequence[Source]:
-        """From where a lookup may take what its own space lacks. The lock is held."""
-        others = self._sharing.sources(opened, chain, share)
-        derived = self._derived(opened, share) if others else None
-        return [Source(derived.space, len(chain)), *others] if derived is not None else others
-
-    def _derived(self, opened: OpenSpace, share: Share) -> OpenSpace | None:
-        """The space for what an engine computes behind chunks of others; None if it must not be read. The lock is held.
-
-        What any producer may have a part in is kept apart from what was computed behind verified chunks only.
-        """
-        if share is not Share.ANY and not self._sharing.is_sound(opened):
-            return None
-        return self._open(opened.namespace, opened.producer, f"{FOREIGN}.any" if share is Share.ANY else FOREIGN)
-
-    def _meet(self, opened: OpenSpace) -> None:
-        """Tell the tiers of a namespace and its producer, and hear who else has stored in it."""
-        opened.meet_at = time.monotonic() + _MEET_S
-        name, key = opened.namespace.id, opened.manifests[0].key
-
-        def meet(backend: Backend) -> None:
-            buffer = memoryview(bytearray(_MANIFEST_BYTES))
-            (length,) = backend.get([key], [buffer])
-            told = Known.read(buffer[:length]) if not isinstance(length, Miss) else Known()
-
-            def hear() -> Known:
-                known = self._sharing.known(name).joined(told)
-                for producer in known.producers:
-                    self._open(opened.namespace, producer)
-                if closed := self._sharing.learn(name, known):
-                    self._withdraw(name, closed)
-                opened.manifests = manifests(opened.namespace, opened.producer, known)
-                return known
-
-            known = self._event(hear)
-            if length in (Miss.TOO_LARGE, Miss.UNREADABLE):  # it may say more than is known here
-                _log.warning("the manifest of %s cannot be read (%s) and is left as it is", name, length.value)
-            elif known != told:
-                backend.put(opened.manifests[:1], if_absent=False)
-            backend.put(opened.manifests[1:])
-
-        for index in range(len(self.tiers)):
-            self._write_task(index, meet)
+            self._journal.keep_spaces([*map(_described, self._spaces.values()), *self._producers.verdicts()])
 
     def _adopt(self, journal: Journal) -> None:
         """Take over what an earlier life left; nobody else uses the store yet."""
@@ -686,14 +633,13 @@ class Store:
                 _log.warning("not adopted: chunks of %s: %s", namespace.label or namespace.id, error)
                 continue
             rooms[opened.space.origin] = room_of(opened.space, namespace)
-        for pair in remembered(journal.recovered_spaces, Disagree):
-            self._sharing.learn(pair.namespace, Known(closed=(pair.producers,)))
+        self._producers.remember(journal.recovered_spaces)
         self._recovered, journal.recovered = journal.recovered, []
         self._core.extents.most = journal.capacity
         count = adopt(self._core, self.pool, self._recovered, rooms)
         self._close_spaces(list(self._spaces))
         for opened in list(self._spaces.values()):
-            self._meet(opened)
+            self._producers.meet(opened)
         self._core.extents.log = []
         if self._recovered:
             _log.info("adopted %d chunks from an earlier life of the pool", count)
@@ -716,90 +662,6 @@ class Store:
     def check_integrity(self) -> None:
         with self._lock:
             self._core.check_integrity()
-
-    def _compare(self, space: Space, chunks: Sequence[tuple[bytes, int]], *, stored: bool) -> None:
-        """Begin to compare them with those of others, as far as that is wanted: they were stored, or were found."""
-        with self._lock:
-            opened = self._spaces.get(space)
-            if opened is None or space.origin.fidelity != EXACT:
-                return
-            wanted = self._sharing.wanted(opened, chunks, stored=stored)
-        for other, digest, position in wanted:
-            self._overlap.begin(opened, other, digest, position)
-
-    def _copy_of(self, opened: OpenSpace, digest: bytes, position: int) -> list[npt.NDArray[np.uint8]] | None:
-        """The cells of one chunk, from the pool or a tier; None if it is not there."""
-        rid, chain = f"{_OVERLAP}{digest.hex()}", Chain.from_digests([digest], opened.spec.chunk_tokens)
-
-        def lookup() -> Request | None:
-            if self._overlap.ended or self._spaces.get(opened.space) is not opened:  # closed meanwhile
-                return None
-            return self._core.lookup(opened.space, rid, chain, time.monotonic())
-
-        request = self._event(lookup)
-        if request is None:
-            return None
-        try:
-            if self.wait(rid, _COPY_S).state is not LookupState.READY:
-                return None
-            entry = request.entries[0]
-            assert entry is not None
-            places = [address for address in entry.extents if address is not None]
-            records = [
-                self.pool.record(address, HEADER_BYTES + nbytes)
-                for address, nbytes in zip(places, opened.payload_bytes, strict=True)
-            ]
-            copies = [np.frombuffer(record, np.uint8, offset=HEADER_BYTES).copy() for record in records]
-            with self._lock:  # it was held for the request, all the while
-                held = self._core.requests.get(rid) is request and request.state is RequestState.READY
-                if held and entry.first_position < 0:  # it came from a tier for this, by its digest alone
-                    entry.first_position = position
-            return copies if held else None
-        finally:
-            self._event(lambda: self._core.forget(rid))
-
-    def _compared(
-        self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int, errors: Mapping[str, float]
-    ) -> None:
-        with self._lock:
-            pair = self._sharing.pair(one, other)
-            before, known = pair.state, digest in pair.digests
-            if pair.closed:
-                return
-            agreed = pair.note(digest, position, errors)
-            after = pair.state
-        if not (agreed and known):
-            self.metrics.overlap_chunks.labels("agreed" if agreed else "disagreed").inc()
-        shown = ", ".join(f"{role} {error:.2g}" for role, error in errors.items())
-        if after == "closed" != before:
-            _log.error(
-                "%s and %s differ in the KV of the same tokens (relative error %s, chunk %s at %d): "
-                "one of them is wrong, neither reads the other's from now on",
-                *pair.names, shown, digest.hex()[:16], position,
-            )  # fmt: skip
-            self._disagree(one, other)
-        elif after != before:
-            _log.info("%s and %s agree (relative error %s): each reads the other's chunks", *pair.names, shown)
-
-    def _disagree(self, one: OpenSpace, other: OpenSpace) -> None:
-        """For good: for the next life, and for others that share a tier."""
-
-        def close() -> None:
-            self._sharing.close(one, other)
-            self._withdraw(one.namespace.id, self._sharing.closed[one.namespace.id])
-
-        self._event(close)
-        self._meet(one)
-
-    def _withdraw(self, namespace: str, closed: Iterable[tuple[str, str]]) -> None:
-        """What these pairs of producers have found of each other is taken back, now and in the next life. The lock is
-        held.
-        """
-        origins = {Origin(namespace, producer) for pair in closed for producer in pair}
-        self._core.withdraw([space for origin in origins if (space := self._core.spaces.get(origin)) is not None])
-        if self._journal is not None:
-            for pair in closed:
-                self._journal.save_space(msgspec.json.encode(Disagree(namespace, pair)))
 
     # The core's actions
 
@@ -858,7 +720,7 @@ class Store:
                     self._probers[action.tier].submit(lambda: self._probe_if_wanted(action))
             case Resolved(request):
                 self._count(request)
-                self._found(request)
+                self._producers.found(request)
             case DeleteRecords():
                 self._delete_records(action)
 
@@ -892,8 +754,7 @@ class Store:
             self._tier_error(job.tier, error)
         self._event(lambda: self._core.job_done(job, results, time.monotonic(), failed=failed))
         if job.kind is JobKind.SEAL:
-            picked = [job.entries[at] for at in first_middle_last(len(job.entries))]
-            self._compare(picked[0].space, [(entry.digest, entry.first_position) for entry in picked], stored=True)
+            self._producers.stored(job.entries)
         if job.kind is JobKind.PUT:
             self._usage[job.tier].changed()
             self._busy.set()
@@ -982,6 +843,10 @@ class Store:
             self._tasks += 1
         self._writers[tier].submit(run)
 
+    def _write_to_all(self, task: Callable[[Backend], object]) -> None:
+        for index in range(len(self.tiers)):
+            self._write_task(index, task)
+
     def _keep_time(self) -> None:
         """Tick while there is anything that can expire, or a tier to be asked; sleep while there is not."""
         while not self._stop.wait(_TICK_S):
@@ -1008,7 +873,7 @@ class Store:
 
     def _count(self, request: Request) -> None:
         """Once for each lookup: its tokens by where they were found."""
-        if request.limit == request.length < request.total or request.rid.startswith(_OVERLAP):
+        if request.limit == request.length < request.total or is_own(request):
             return  # the rest of the prompt follows; or it is nobody's
         chunk_tokens = request.chain.chunk_tokens
         self.metrics.lookup_seconds.observe(time.monotonic() - request.started)
@@ -1017,18 +882,6 @@ class Store:
             for source, chunks in request.sources(self._tier_names).items():
                 self._tokens[source].inc(chunks * chunk_tokens)
         self._tokens["none"].inc((request.total - request.limit) * chunk_tokens)
-
-    def _found(self, request: Request) -> None:
-        """What an engine finds of its own has been proof once, maybe of an earlier life."""
-        if not request.limit or request.rid.startswith(_OVERLAP) or not self._sharing.is_shared(request.space.origin):
-            return
-        foreign = request.foreign(0, request.limit)
-        own, chain = foreign[0].start if foreign else request.limit, request.chain
-        digests = chain.digests(own)
-        chunks = [
-            (digests[at], at * chain.chunk_tokens if chain.positions_known else -1) for at in first_middle_last(own)
-        ]
-        self._compare(request.space, chunks, stored=False)
 
     def _totals(self) -> dict[str, int]:
         with self._lock:

@@ -132,7 +132,7 @@ class World:
         """All that is to be compared has been."""
         self.settle()
         done = threading.Event()
-        self.store._overlap.worker.submit(done.set)
+        self.store._producers.overlap.worker.submit(done.set)
         assert done.wait(10)
 
     def spaces(self) -> set[tuple[str | int, ...]]:
@@ -575,7 +575,7 @@ def test_one_closed_pair_is_the_end_of_what_was_derived(world: World) -> None:
 def test_who_is_closed_stays_so_however_late_they_come() -> None:
     first, second = sorted((ONE.id, TWO.id))
     with closing(Store(pool_bytes=1 << 20)) as store:
-        store._sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
+        store._producers.sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
         for producer in (ONE, TWO):
             LocalCache(store, NAMESPACE, producer)
         assert [pair.state for pair in store.stats().pairs] == ["closed"]

@@ -72,7 +72,7 @@ def stored_by(producer: Producer, seed: int, chunks: int) -> Kept:
 def compared(store: Store) -> None:
     """All that waits to be compared."""
     done = threading.Event()
-    store._overlap.worker.submit(done.set)
+    store._producers.overlap.worker.submit(done.set)
     assert done.wait(10)
 
 
@@ -91,9 +91,9 @@ def test_a_space_that_was_closed_before_its_comparison_harms_nobody(monkeypatch:
     one = LocalCache(store, NAMESPACE, ONE)
     assert store.drain(10) and store.space_count == 2
     gate = threading.Event()
-    store._overlap.worker.submit(lambda: gate.wait(10))
+    store._producers.overlap.worker.submit(lambda: gate.wait(10))
     write(one, text(1, 6))
-    wait_until(lambda: store._overlap.worker.waiting >= 3)
+    wait_until(lambda: store._producers.overlap.worker.waiting >= 3)
     store.close_spaces({one._opened})
     assert store.space_count == 1
     gate.set()
@@ -136,7 +136,7 @@ def test_room_for_one_run_is_not_made_of_the_run_before() -> None:
     store = Store([Tier("memory", tier)], pool_bytes=8 * extent_bytes(SPEC.cells[0].nbytes))
     two, chain = LocalCache(store, NAMESPACE, TWO, share=Share.ANY), text(1, 8)
     assert store.drain(10)
-    store._overlap.ended = True
+    store._producers.overlap.ended = True
     write(two, chain, 0, 4)
     assert store.drain(10)
     for seed in range(100, 104):  # used after the chunks of the prompt, which so are the first to go
@@ -162,7 +162,7 @@ def test_what_another_store_has_closed_is_taken_back_here(world: World) -> None:
     two.lookup("r", chain)
     assert two.wait("r", 10).chunks == 4
     world.tier.put(manifests(NAMESPACE, ONE, Known((ONE, TWO), (CLOSED,)))[:1], if_absent=False)
-    world.store._meet(two._opened)
+    world.store._producers.meet(two._opened)
     world.settle()
     assert world.store.stats().pairs[0].state == "closed"
     assert two.claim("r", 4) is None
@@ -179,7 +179,7 @@ def test_the_end_writes_first_whatever_is_being_compared() -> None:
     started = time.monotonic()
     assert store.close(2.0)
     assert time.monotonic() - started < 4.0
-    assert not store._overlap.worker.alive
+    assert not store._producers.overlap.worker.alive
     hung.go.set()
     for prober in store._probers.values():
         prober.join(time.monotonic() + 10)
@@ -187,7 +187,7 @@ def test_the_end_writes_first_whatever_is_being_compared() -> None:
 
 
 def test_a_comparison_stops_between_its_two_copies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, overlap = world.engine(ONE), world.engine(TWO), world.store._overlap
+    one, two, overlap = world.engine(ONE), world.engine(TWO), world.store._producers.overlap
     copies: list[bytes] = []
 
     def copy(opened: object, digest: bytes, position: int) -> list[object]:
