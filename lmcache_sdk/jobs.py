@@ -282,6 +282,8 @@ class Jobs:
         """Check what a tier gave; decode it into the extent if it is encoded."""
         key = opened.record_key(entry.digest, cell)
         header = check_record(received, key, opened.payload_bytes[cell])
+        if entry.first_position < 0:  # asked for by its digest alone
+            entry.first_position = header.first_position
         if header.codec == RawCodec.name and received.obj is record.obj:
             return
         payload = record[HEADER_BYTES:]

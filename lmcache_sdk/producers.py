@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from lmcache_sdk.adoption import Disagree, remembered
 from lmcache_sdk.api import Lookup, LookupState
@@ -24,7 +23,7 @@ from lmcache_sdk.observe.logs import logger
 from lmcache_sdk.observe.metrics import Metrics
 from lmcache_sdk.pool import Pool
 from lmcache_sdk.records import HEADER_BYTES
-from lmcache_sdk.sharing import Known, OverlapCheck, Pair, Sharing, first_middle_last
+from lmcache_sdk.sharing import Copy, Known, OverlapCheck, Pair, Sharing, first_middle_last
 from lmcache_sdk.spec import Namespace, Producer, Share
 
 _log = logger("sharing")
@@ -181,8 +180,8 @@ class Producers:
         for comparison in self._event(wanted):
             self.overlap.begin(*comparison)
 
-    def _copy_of(self, opened: OpenSpace, digest: bytes, position: int) -> list[npt.NDArray[np.uint8]] | None:
-        """The cells of one chunk, from the pool or a tier; None if it is not there."""
+    def _copy_of(self, opened: OpenSpace, digest: bytes) -> Copy | None:
+        """One chunk, from the pool or a tier; None if it is not there."""
         rid, chain = f"{_OWN}{digest.hex()}", Chain.from_digests([digest], opened.spec.chunk_tokens)
 
         def lookup() -> Request | None:
@@ -207,12 +206,9 @@ class Producers:
 
             def was_held() -> bool:
                 """For the request, all the while."""
-                held = self._core.requests.get(rid) is request and request.state is RequestState.READY
-                if held and entry.first_position < 0:  # it came from a tier for this, by its digest alone
-                    entry.first_position = position
-                return held
+                return self._core.requests.get(rid) is request and request.state is RequestState.READY
 
-            return copies if self._event(was_held) else None
+            return Copy(copies, entry.first_position) if self._event(was_held) else None
         finally:
             self._event(lambda: self._core.forget(rid))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -92,8 +92,8 @@ class Pair:
     """Two producers of a namespace.
 
     Attributes:
-        positions, digests: of the chunks that agreed, as many as matter.
-        unplaced: of these digests, those whose position nobody has told; nor is it known to be the first.
+        positions, digests: of the chunks that agreed, as many as matter. One whose position neither of the two has told
+            proves nothing of any depth, and so has none here.
         tried: digests that need not be looked at again soon.
         worst: role -> the largest relative error of a layer.
         why: they cannot be compared.
@@ -108,7 +108,6 @@ class Pair:
     failed: int = 0
     positions: set[int] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
-    unplaced: set[bytes] = field(default_factory=set)
     tried: set[bytes] = field(default_factory=set)
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -124,7 +123,7 @@ class Pair:
     def state(self) -> str:
         if self.closed:
             return "closed"
-        return "open" if self.depth or len(self.unplaced) >= _ENOUGH else "checking"
+        return "open" if self.depth else "checking"
 
     def reach(self, chain: Chain) -> int:
         """How many chunks of a request may be served. Where its positions are not known, all, once the pair is open."""
@@ -150,10 +149,6 @@ class Pair:
             return False
         if position >= 0 and (len(self.positions) < _REMEMBERED or position > max(self.positions)):
             self.positions.add(position)
-        if position == 0:
-            self.unplaced.discard(digest)
-        elif position < 0 and not known and len(self.unplaced) < _REMEMBERED:
-            self.unplaced.add(digest)
         if len(self.digests) < _REMEMBERED:
             self.digests.add(digest)
         return True
@@ -281,11 +276,18 @@ def first_middle_last(count: int) -> list[int]:
     return sorted({0, count // 2, count - 1}) if count else []
 
 
+class Copy(NamedTuple):
+    """Of a chunk: its cells, and the position of its first token, -1 where its author has not told."""
+
+    cells: list[npt.NDArray[np.uint8]]
+    position: int
+
+
 class OverlapCheck:
     """Compares what producers have stored of the same tokens, in a thread of its own.
 
     Args:
-        copy: the cells of a chunk, by its digest and position, from the pool or a tier; None if it is not there.
+        copy: a chunk, by its digest, from the pool or a tier; None if it is not there.
         tell: what has come of a comparison: the two, digest, position, errors.
 
     Attributes:
@@ -294,7 +296,7 @@ class OverlapCheck:
 
     def __init__(
         self,
-        copy: Callable[[OpenSpace, bytes, int], list[npt.NDArray[np.uint8]] | None],
+        copy: Callable[[OpenSpace, bytes], Copy | None],
         tell: Callable[[OpenSpace, OpenSpace, bytes, int, Mapping[str, float]], None],
     ) -> None:
         self.worker = Worker("overlap")
@@ -315,10 +317,12 @@ class OverlapCheck:
     def _compare(self, one: OpenSpace, other: OpenSpace, digest: bytes, position: int) -> None:
         if self.ended:
             return
-        theirs = self._copy(other, digest, position)
-        ours = self._copy(one, digest, position) if theirs is not None and not self.ended else None
+        theirs = self._copy(other, digest)
+        ours = self._copy(one, digest) if theirs is not None and not self.ended else None
         if ours is not None and theirs is not None:
-            self._tell(one, other, digest, position, relative_errors(one.spec, ours, theirs))
+            # A digest has one position, whoever tells it.
+            position = max(position, ours.position, theirs.position)
+            self._tell(one, other, digest, position, relative_errors(one.spec, ours.cells, theirs.cells))
 
 
 def relative_errors(

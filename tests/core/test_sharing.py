@@ -316,54 +316,52 @@ def test_the_depth_grows(world: World) -> None:
     assert only(world).depth == 12 * CHUNK
 
 
-def test_where_positions_are_unknown_chunks_are_counted(world: World) -> None:
-    one, two = world.engine(ONE), world.engine(TWO)
-    for number in range(3):
-        page, other = (Chain.from_digests(text(seed + number, 1).digests(), CHUNK) for seed in (10, 20))
-        write(one, page)
-        write(one, other)
-        assert read(two, other) == ([], "")
-        write(two, page)
+def unplaced(chain: Chain) -> Chain:
+    """As an engine names it that does not tell where in a request its pages are."""
+    return Chain.from_digests(chain.digests(), CHUNK)
+
+
+def test_where_nobody_tells_positions_there_is_no_proof(world: World) -> None:
+    one, two, other = world.engine(ONE), world.engine(TWO), text(2, 3)
+    write(one, unplaced(other))
+    for seed in (10, 11, 12, 13):
+        write(one, unplaced(text(seed, 3)))
+        write(two, unplaced(text(seed, 3)))
         world.agree()
-    assert (only(world).state, only(world).depth) == ("open", 0)
-    assert read(two, other) == (["one"], "foreign")
-    known = text(30, 2)
-    write(one, known)
-    assert read(two, known) == ([], ""), "nobody has shown how deep it may be"
+    assert (only(world).state, only(world).depth) == ("checking", 0) and only(world).compared >= 12
+    assert read(two, other) == read(two, unplaced(other)) == ([], "")
+    overlap(world, one, two, seed=14, chunks=2)
+    assert only(world).state == "checking", "nor is such a chunk the third"
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_one_of_the_two_that_tells_positions_is_enough(world: World, late: bool) -> None:
+    """SGLang's linker hands over digests alone, vLLM all tokens."""
+    chain, other = text(1, 9), text(2, 9)
+    one, two = world.engine(ONE), world.engine(TWO)
+    write(one, other)
+    for cache, placed in ((one, late), (two, not late)):
+        write(cache, chain if placed else unplaced(chain))
+        world.agree()
+    assert (only(world).state, only(world).depth) == ("open", 9 * CHUNK)
+    assert read(two, other) == (["one"] * 9, "foreign")
 
 
 def test_the_first_chunks_of_texts_are_no_proof_for_what_lies_deeper(world: World) -> None:
     one, two, deep = world.engine(ONE), world.engine(TWO), text(9, 20)
     write(one, deep, 0, 1)
     write(one, deep, 1, change=shifted)
-    unplaced = Chain.from_digests(deep.digests(), CHUNK)
     for seed in (1, 2, 3, 4):
         overlap(world, one, two, seed=seed, chunks=1)
         assert (only(world).compared, only(world).state) == (seed, "checking")
-        assert read(two, deep) == read(two, unplaced) == ([], "")
-
-
-def test_what_turns_out_to_be_the_first_chunk_is_not_counted(world: World) -> None:
-    one, two = world.engine(ONE), world.engine(TWO)
-    texts = [text(seed, 1) for seed in (10, 11, 12)]
-    for chain in texts:
-        page = Chain.from_digests(chain.digests(), CHUNK)
-        write(one, page)
-        write(two, page)
-    world.agree()
-    assert (only(world).state, only(world).compared) == ("open", 3)
-    two.delete(texts[0])
-    write(two, texts[0])
-    world.agree()
-    assert (only(world).state, only(world).compared) == ("checking", 3)
+        assert read(two, deep) == read(two, unplaced(deep)) == ([], "")
 
 
 def test_where_depth_is_proven_all_is_served_without_positions(world: World) -> None:
     one, two, other = world.engine(ONE), world.engine(TWO), text(2, 12)
     write(one, other)
-    unplaced = Chain.from_digests(other.digests(), CHUNK)
     overlap(world, one, two, chunks=9)
-    assert read(two, unplaced) == (["one"] * 12, "foreign")
+    assert read(two, unplaced(other)) == (["one"] * 12, "foreign")
 
 
 def test_a_chunk_that_agreed_once_is_judged_again(world: World) -> None:
