@@ -32,11 +32,20 @@ class Described(msgspec.Struct, frozen=True, array_like=True):
     fidelity: str = EXACT
 
 
-class Disagree(msgspec.Struct, frozen=True, array_like=True):
-    """Two producers of a namespace, by their ids, that must not read each other's chunks."""
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """On two producers of a namespace, by their ids in order. Of several the last one with the highest turn holds.
+
+    Attributes:
+        turn: how often they were closed and reopened; while it is odd they must not read each other's chunks.
+        depth, compared, worst: of what agreed since, see :class:`~lmcache_sdk.api.PairStats`.
+    """
 
     namespace: str
     producers: tuple[str, str]
+    turn: int = 1
+    depth: int = 0
+    compared: int = 0
+    worst: dict[str, float] = {}
 
 
 class Room(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from lmcache_sdk.adoption import Disagree, remembered
+from lmcache_sdk.adoption import Verdict, remembered
 from lmcache_sdk.api import Lookup, LookupState
 from lmcache_sdk.backend import Backend, Miss
 from lmcache_sdk.core import Core, Entry, Request, RequestState, Source, Space
@@ -98,24 +98,23 @@ class Producers:
         """
         if share is not Share.ANY and not self.sharing.is_sound(opened):
             return None
-        fidelity = f"{FOREIGN}.any" if share is Share.ANY else FOREIGN
+        turns = self.sharing.turns(opened)  # what came of a pair that was closed stays unread when that is reopened
+        fidelity = f"{FOREIGN}.any" if share is Share.ANY else f"{FOREIGN}.{turns}" if turns else FOREIGN
         return self._open_space(opened.namespace, opened.producer, fidelity)
 
     def spaces_of(self, opened: OpenSpace) -> list[Space]:
         """All of a producer's: what is exact, and what was derived from others'."""
-        namespace, producer = opened.namespace.id, opened.producer.id
-        origins = (Origin(namespace, producer, fidelity) for fidelity in (EXACT, FOREIGN, f"{FOREIGN}.any"))
-        return [space for origin in origins if (space := self._core.spaces.get(origin)) is not None]
+        whose = (opened.namespace.id, opened.producer.id)
+        return [space for origin, space in self._core.spaces.items() if (origin.namespace, origin.producer) == whose]
 
     def verdicts(self) -> list[bytes]:
         """For the journal; :meth:`remember` reads them."""
-        closed = self.sharing.closed.items()
-        return [msgspec.json.encode(Disagree(name, pair)) for name, pairs in closed for pair in sorted(pairs)]
+        return [msgspec.json.encode(verdict) for verdict in self.sharing.verdicts()]
 
     def remember(self, verdicts: Iterable[bytes]) -> None:
-        """What an earlier life has found out."""
-        for pair in remembered(verdicts, Disagree):
-            self.sharing.learn(pair.namespace, Known(closed=(pair.producers,)))
+        """What an earlier life has found out, before anything is open."""
+        for verdict in remembered(verdicts, Verdict):
+            self.sharing.remember(verdict)
 
     # The lock is not held
 
@@ -137,8 +136,7 @@ class Producers:
                 known = self.sharing.known(name).joined(told)
                 for producer in known.producers:
                     self._open_space(opened.namespace, producer, EXACT)
-                if closed := self.sharing.learn(name, known):
-                    self._withdraw(name, closed)
+                self._note(self.sharing.learn(name, known))
                 opened.manifests = manifests(opened.namespace, opened.producer, known)
                 return known
 
@@ -150,6 +148,34 @@ class Producers:
             backend.put(opened.manifests[1:])
 
         self._write(meet)
+
+    def reopen(self, namespace: str, names: tuple[str, str]) -> bool:
+        """Two producers that disagreed, by their names, are compared anew; False if they are not closed."""
+
+        def reopen() -> list[OpenSpace] | None:
+            verdict = self.sharing.reopen(namespace, names)
+            if verdict is None:
+                return None
+            self._note([verdict])
+            return [opened for opened in self._spaces.values() if opened.namespace.id == namespace]
+
+        opened = self._event(reopen)
+        if opened is None:
+            return False
+        _log.warning("%s and %s, which differed, are compared anew", *names)
+        if opened:
+            self.meet(opened[0])  # the tiers are told
+        return True
+
+    def end(self) -> None:
+        """Nothing is compared any more; the next life will know what has been."""
+        self.overlap.end()
+
+        def save() -> None:
+            for verdict in self.sharing.verdicts():
+                self._save(verdict)
+
+        self._event(save)
 
     def stored(self, entries: Sequence[Entry]) -> None:
         """Chunks of one space were sealed."""
@@ -218,7 +244,15 @@ class Producers:
         def note() -> tuple[Pair, str, bool, bool] | None:
             pair = self.sharing.pair(one, other)
             before, known = pair.state, digest in pair.digests
-            return (pair, before, known, pair.note(digest, position, errors)) if not pair.closed else None
+            if pair.closed:
+                return None
+            agreed = pair.note(digest, position, errors)
+            if not agreed:
+                self._note([self.sharing.close(one, other)])
+            if pair.depth >= max(1, 2 * pair.saved):
+                self._save(self.sharing.verdict(one, other))
+                pair.saved = pair.depth
+            return pair, before, known, agreed
 
         noted = self._event(note)
         if noted is None:
@@ -234,26 +268,17 @@ class Producers:
                 "one of them is wrong, neither reads the other's from now on",
                 *pair.names, shown, digest.hex()[:16], position,
             )  # fmt: skip
-            self._disagree(one, other)
+            self.meet(one)  # the tiers are told
         elif after != before:
             _log.info("%s and %s agree (relative error %s): each reads the other's chunks", *pair.names, shown)
 
-    def _disagree(self, one: OpenSpace, other: OpenSpace) -> None:
-        """For good: for the next life, and for others that share a tier."""
-
-        def close() -> None:
-            self.sharing.close(one, other)
-            self._withdraw(one.namespace.id, self.sharing.closed[one.namespace.id])
-
-        self._event(close)
-        self.meet(one)
-
-    def _withdraw(self, namespace: str, closed: Iterable[tuple[str, str]]) -> None:
-        """What these pairs of producers have found of each other is taken back, now and in the next life. The lock is
-        held.
-        """
-        origins = {Origin(namespace, producer) for pair in closed for producer in pair}
+    def _note(self, verdicts: Sequence[Verdict]) -> None:
+        """Pairs were closed or reopened: what their producers have found of others is taken back. The lock is held."""
+        origins = {Origin(verdict.namespace, producer) for verdict in verdicts for producer in verdict.producers}
         self._core.withdraw([space for origin in origins if (space := self._core.spaces.get(origin)) is not None])
+        for verdict in verdicts:
+            self._save(verdict)
+
+    def _save(self, verdict: Verdict) -> None:
         if self._journal is not None:
-            for pair in closed:
-                self._journal.save_space(msgspec.json.encode(Disagree(namespace, pair)))
+            self._journal.save_space(msgspec.json.encode(verdict))

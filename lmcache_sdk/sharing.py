@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from lmcache_sdk.adoption import Verdict
 from lmcache_sdk.api import PairStats
 from lmcache_sdk.core import Source
 from lmcache_sdk.jobs import OpenSpace
@@ -37,7 +38,9 @@ _MOST_PRODUCERS = 32  # of a namespace
 _MOST_SOURCES = 8  # of one lookup
 _MOST_WAITING = 256  # comparisons; beyond it none is begun
 _MOST_TRIED = 4096
+_MOST_AGREED = 256  # pairs that are not served at present
 _FLOATS = ("bfloat16", "float16", "float32")
+_Key = tuple[str, str, str]
 
 
 class _Raw(msgspec.Struct):
@@ -60,16 +63,24 @@ def is_name(producer: Producer) -> bool:
     return len(producer.name) <= NAME and producer.name.isprintable()
 
 
+class Turn(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """How often two producers, by their ids in order, were closed and reopened: odd = they are closed."""
+
+    first: str
+    second: str
+    turn: int = 1
+
+
 class Known(msgspec.Struct, frozen=True):
     """What stores that share a tier tell each other of a namespace, in its manifest. It only grows, so that nothing is
     lost for long if two of them write at once.
 
     Attributes:
-        closed: pairs of producers' ids that disagree, each in order.
+        closed: pairs that disagree, or did until they were reopened.
     """
 
     producers: tuple[Producer, ...] = ()
-    closed: tuple[tuple[str, str], ...] = ()
+    closed: tuple[Turn, ...] = ()
 
     @classmethod
     def read(cls, manifest: bytes | memoryview) -> Known:
@@ -79,12 +90,13 @@ class Known(msgspec.Struct, frozen=True):
         except msgspec.MsgspecError:
             return cls()
         producers = [producer for producer in _readable(raw.producers, Producer) if is_name(producer)]
-        return cls(tuple(producers), tuple(_readable(raw.closed, tuple[str, str])))
+        return cls(tuple(producers), tuple(_readable(raw.closed, Turn)))
 
     def joined(self, other: Known) -> Known:
         producers = {producer.id: producer for producer in (*self.producers, *other.producers)}
         kept = sorted(producers.values(), key=lambda producer: producer.id)[:_MOST_PRODUCERS]
-        return Known(tuple(kept), tuple(sorted({*self.closed, *other.closed})))
+        latest = {(turn.first, turn.second): turn for turn in sorted((*self.closed, *other.closed))}
+        return Known(tuple(kept), tuple(latest.values()))
 
 
 @dataclass
@@ -97,6 +109,8 @@ class Pair:
         tried: digests that need not be looked at again soon.
         worst: role -> the largest relative error of a layer.
         why: they cannot be compared.
+        proven: the depth that an earlier life had found.
+        saved: the depth that the next life will know.
     """
 
     namespace: str
@@ -104,6 +118,8 @@ class Pair:
     chunk_tokens: int
     why: str = ""
     closed: bool = False
+    proven: int = 0
+    saved: int = 0
     compared: int = 0
     failed: int = 0
     positions: set[int] = field(default_factory=set)
@@ -116,14 +132,20 @@ class Pair:
         """Up to which position chunks are served, in tokens: as far as the deepest that agreed, once three have, one of
         them the first of a request.
         """
-        enough = 0 in self.positions and len(self.positions) >= _ENOUGH
-        return max(self.positions) + self.chunk_tokens if enough and not self.closed else 0
+        enough = self.proven or (0 in self.positions and len(self.positions) >= _ENOUGH)
+        if self.closed or not enough:
+            return 0
+        return max(self.proven, max(self.positions, default=-self.chunk_tokens) + self.chunk_tokens)
 
     @property
     def state(self) -> str:
         if self.closed:
             return "closed"
         return "open" if self.depth else "checking"
+
+    def anew(self) -> Pair:
+        """Of which nothing is known."""
+        return Pair(self.namespace, self.names, self.chunk_tokens, self.why)
 
     def reach(self, chain: Chain) -> int:
         """How many chunks of a request may be served. Where its positions are not known, all, once the pair is open."""
@@ -157,14 +179,14 @@ class Pair:
 class Sharing:
     """The producers of each namespace, and what is known of each two of them. The store's lock guards it.
 
-    Attributes:
-        closed: by namespace, pairs of producers' ids that disagree, for good.
+    A key is a namespace and two producers' ids, in order.
     """
 
     def __init__(self) -> None:
         self._families: dict[str, dict[str, OpenSpace]] = {}  # by namespace and producer: what is exact
-        self._pairs: dict[tuple[str, str, str], Pair] = {}
-        self.closed: dict[str, set[tuple[str, str]]] = {}
+        self._pairs: dict[_Key, Pair] = {}
+        self._turns: dict[str, dict[tuple[str, str], int]] = {}
+        self._agreed: dict[_Key, Verdict] = {}  # of pairs that are not served at present
 
     def join(self, opened: OpenSpace) -> None:
         """Native forms are no one's but an engine's own."""
@@ -185,6 +207,7 @@ class Sharing:
             del self._families[opened.namespace.id]
         for key, pair in list(self._pairs.items()):
             if key[0] == opened.namespace.id and opened.producer.id in key and not pair.closed:
+                self._keep(self._verdict(key))
                 del self._pairs[key]
 
     def others(self, opened: OpenSpace) -> list[OpenSpace]:
@@ -196,13 +219,18 @@ class Sharing:
     def pair(self, one: OpenSpace, other: OpenSpace) -> Pair:
         namespace = one.namespace
         first, second = sorted((one.producer, other.producer), key=lambda producer: producer.id)
-        pair = self._pairs.get((namespace.id, first.id, second.id))
+        key = (namespace.id, first.id, second.id)
+        pair = self._pairs.get(key)
         if pair is None:
             dtypes = sorted({group.dtype for group in namespace.spec.groups} - set(_FLOATS))
             why = f"{', '.join(dtypes)} is not compared" if dtypes else ""
             pair = Pair(namespace.id, (first.name, second.name), namespace.spec.chunk_tokens, why)
-            pair.closed = (first.id, second.id) in self.closed.get(namespace.id, ())
-            self._pairs[namespace.id, first.id, second.id] = pair
+            pair.closed = bool(self._turn(key) % 2)
+            agreed = self._agreed.pop(key, None)
+            if agreed is not None and agreed.turn == self._turn(key):
+                pair.proven = pair.saved = agreed.depth
+                pair.compared, pair.worst = agreed.compared, dict(agreed.worst)
+            self._pairs[key] = pair
         return pair
 
     def is_shared(self, origin: Origin) -> bool:
@@ -235,34 +263,89 @@ class Sharing:
                 pair.tried.clear()
         return found
 
+    def closed(self, namespace: str) -> list[tuple[str, str]]:
+        """Pairs of producers' ids that disagree."""
+        return [pair for pair, turn in self._turns.get(namespace, {}).items() if turn % 2]
+
     def is_sound(self, opened: OpenSpace) -> bool:
         """Whether what was computed behind others' chunks may still be read: not if one of these has been closed."""
-        return not any(opened.producer.id in pair for pair in self.closed.get(opened.namespace.id, ()))
+        return not any(opened.producer.id in pair for pair in self.closed(opened.namespace.id))
 
-    def close(self, one: OpenSpace, other: OpenSpace) -> None:
-        """For good."""
+    def turns(self, opened: OpenSpace) -> int:
+        """How often a pair with this producer was closed or reopened."""
+        turns = self._turns.get(opened.namespace.id, {})
+        return sum(turn for pair, turn in turns.items() if opened.producer.id in pair)
+
+    def close(self, one: OpenSpace, other: OpenSpace) -> Verdict:
+        """Until somebody reopens them."""
         first, second = sorted((one.producer.id, other.producer.id))
-        self.closed.setdefault(one.namespace.id, set()).add((first, second))
+        turns = self._turns.setdefault(one.namespace.id, {})
+        turns[first, second] = turns.get((first, second), 0) | 1
         self.pair(one, other).closed = True
+        return self.verdict(one, other)
+
+    def reopen(self, namespace: str, names: tuple[str, str]) -> Verdict | None:
+        """The two producers, by their names, are to be compared anew; None if they are not closed."""
+        for key, pair in self._pairs.items():
+            if key[0] == namespace and set(pair.names) == set(names) and pair.closed:
+                self._turns[namespace][key[1:]] += 1
+                self._pairs[key] = pair.anew()
+                return self._verdict(key)
+        return None
 
     def known(self, namespace: str) -> Known:
-        """For other stores, and the next life of this one."""
+        """For other stores."""
         producers = tuple(opened.producer for opened in self._families.get(namespace, {}).values())
-        return Known(producers, tuple(self.closed.get(namespace, ())))
+        return Known(producers, tuple(Turn(*pair, turn) for pair, turn in self._turns.get(namespace, {}).items()))
 
-    def learn(self, namespace: str, known: Known) -> set[tuple[str, str]]:
-        """What is closed elsewhere is closed here; the answer is what was not."""
-        closed = set(known.closed) - self.closed.get(namespace, set())
-        if closed:
-            self.closed.setdefault(namespace, set()).update(closed)
-        for first, second in known.closed:
-            pair = self._pairs.get((namespace, first, second))
-            if pair is not None:
-                pair.closed = True
+    def learn(self, namespace: str, known: Known) -> list[Verdict]:
+        """What is closed or reopened elsewhere is so here; the answer is what was not."""
+        news = []
+        for first, second, turn in map(msgspec.structs.astuple, known.closed):
+            key = (namespace, first, second)
+            if turn > self._turn(key):
+                self._turns.setdefault(namespace, {})[first, second] = turn
+                if (pair := self._pairs.get(key)) is not None:
+                    self._pairs[key] = pair.anew()
+                    self._pairs[key].closed = bool(turn % 2)
+                news.append(self._verdict(key))
         for (where, *_), pair in self._pairs.items():
             if where == namespace:
                 pair.tried.clear()
-        return closed
+        return news
+
+    def remember(self, verdict: Verdict) -> None:
+        """What an earlier life has found out, before the pair is served."""
+        key = (verdict.namespace, *verdict.producers)
+        if verdict.turn >= self._turn(key):
+            if verdict.turn:
+                self._turns.setdefault(verdict.namespace, {})[verdict.producers] = verdict.turn
+            self._keep(verdict)
+
+    def verdict(self, one: OpenSpace, other: OpenSpace) -> Verdict:
+        first, second = sorted((one.producer.id, other.producer.id))
+        return self._verdict((one.namespace.id, first, second))
+
+    def verdicts(self) -> list[Verdict]:
+        """For the next life."""
+        keys = {(namespace, *pair) for namespace, turns in self._turns.items() for pair in turns}
+        found = [self._verdict(key) for key in sorted({*keys, *self._pairs, *self._agreed})]
+        return [verdict for verdict in found if verdict.turn or verdict.depth]
+
+    def _turn(self, key: _Key) -> int:
+        return self._turns.get(key[0], {}).get(key[1:], 0)
+
+    def _verdict(self, key: _Key) -> Verdict:
+        turn, pair, agreed = self._turn(key), self._pairs.get(key), self._agreed.get(key)
+        if pair is not None and pair.depth:
+            return Verdict(key[0], key[1:], turn, pair.depth, pair.compared, dict(pair.worst))
+        return agreed if agreed is not None and agreed.turn == turn else Verdict(key[0], key[1:], turn)
+
+    def _keep(self, verdict: Verdict) -> None:
+        if verdict.depth:
+            self._agreed[verdict.namespace, *verdict.producers] = verdict
+            while len(self._agreed) > _MOST_AGREED:
+                del self._agreed[next(iter(self._agreed))]
 
     def stats(self) -> tuple[PairStats, ...]:
         return tuple(

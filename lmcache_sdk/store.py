@@ -465,7 +465,7 @@ class Store:
         self._tell_change()
 
     def _end(self, deadline: float) -> None:
-        self._producers.overlap.end()
+        self._producers.end()
         if not self._keeps_pool:
             self._event(lambda: self._core.writing.leave_all(self._core.spaces.values()))
         if not self.drain(deadline - time.monotonic()):
@@ -571,6 +571,10 @@ class Store:
         with self._lock:
             return self._core.count_to_root(opened.space, digests)
 
+    def reopen(self, namespace: str, producers: tuple[str, str]) -> bool:
+        """Compare two producers of a namespace anew, by their names, that disagreed; False if they are not closed."""
+        return self._producers.reopen(namespace, producers)
+
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes in the pool by tenant."""
         with self._lock:
@@ -625,6 +629,7 @@ class Store:
     def _adopt(self, journal: Journal) -> None:
         """Take over what an earlier life left; nobody else uses the store yet."""
         rooms = {}
+        self._producers.remember(journal.recovered_spaces)
         for space in remembered(journal.recovered_spaces, Described):
             namespace = space.namespace
             try:
@@ -633,7 +638,6 @@ class Store:
                 _log.warning("not adopted: chunks of %s: %s", namespace.label or namespace.id, error)
                 continue
             rooms[opened.space.origin] = room_of(opened.space, namespace)
-        self._producers.remember(journal.recovered_spaces)
         self._recovered, journal.recovered = journal.recovered, []
         self._core.extents.most = journal.capacity
         count = adopt(self._core, self.pool, self._recovered, rooms)

@@ -12,7 +12,7 @@ import typer.core
 
 from lmcache_sdk import __version__
 from lmcache_sdk.cli.backend import backend
-from lmcache_sdk.cli.daemon import serve, status, top
+from lmcache_sdk.cli.daemon import reopen, serve, status, top
 from lmcache_sdk.cli.doctor import doctor
 from lmcache_sdk.cli.settings import config
 from lmcache_sdk.cli.stores import clear, du, gc, ls
@@ -89,7 +89,7 @@ def _unavailable(entry: EntryPoint, error: Exception) -> Any:
 
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, **_PLAIN)
-for _command_function in (serve, status, top, doctor, ls, du, clear, gc):
+for _command_function in (serve, status, top, reopen, doctor, ls, du, clear, gc):
     app.command()(_command_function)
 app.add_typer(config, name="config")
 app.add_typer(backend, name="backend")

@@ -1,4 +1,4 @@
-"""``serve``, ``status`` and ``top``: running a daemon and looking at it."""
+"""``serve``, ``status``, ``top`` and ``reopen``: running a daemon, looking at it, and changing its mind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import typer
 
-from lmcache_sdk.api import Stats
+from lmcache_sdk.api import PairStats, Stats
 from lmcache_sdk.cli.output import counted, print_json, print_table
 from lmcache_sdk.cli.settings import group_id
 from lmcache_sdk.config import default_socket, format_size, load_config
@@ -178,6 +178,38 @@ def top(
                 live.update(Text(text), refresh=True)
             else:
                 typer.echo(text)
+
+
+def reopen(
+    one: Annotated[str, typer.Argument(help="A producer, by its name as status shows it, or the first part of that.")],
+    other: Annotated[str, typer.Argument(help="The other one.")],
+    namespace: Annotated[
+        str | None, typer.Option(help="In the namespace whose id starts so.", metavar="PREFIX")
+    ] = None,
+    socket: SocketOption = None,
+) -> None:
+    """Compare two producers anew whose KV differed, so that they may read each other's again.
+
+    What the wrong one has stored is still there: have that engine remove it first.
+    """
+    path = _socket(socket)
+    closed = [pair for pair in _look(path).stats.pairs if pair.state == "closed"]
+    chosen = [pair for pair in closed if pair.namespace.startswith(namespace or "") and _is_of(pair, one, other)]
+    if len(chosen) != 1:
+        found = f"{len(chosen)} closed pairs have" if chosen else "no closed pair has"
+        more = "; name them in full, or add --namespace" if chosen else ""
+        there = ", ".join(f"{' and '.join(pair.producers)} in {pair.namespace}" for pair in chosen or closed) or "none"
+        raise ConfigError(f"{found} names that start with {one!r} and {other!r}{more}; there are: {there}")
+    from lmcache_sdk.daemon.serve import reopen as run
+
+    (pair,) = chosen
+    run(path, pair.namespace, pair.producers)
+    typer.echo(f"{' and '.join(pair.producers)} are compared anew")
+
+
+def _is_of(pair: PairStats, one: str, other: str) -> bool:
+    first, second = pair.producers
+    return (first.startswith(one) and second.startswith(other)) or (second.startswith(one) and first.startswith(other))
 
 
 class Seen(NamedTuple):

@@ -67,6 +67,8 @@ class Answers:
         match request:
             case p.Subscribe():
                 return self._subscribe(request)
+            case p.Reopen():
+                return p.Count(int(store.reopen(request.namespace, request.producers)))
             case p.Drain():
                 return Owed(
                     request.timeout_s,

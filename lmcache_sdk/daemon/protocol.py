@@ -178,6 +178,13 @@ class Ask(Message, frozen=True):
     """The daemon's figures."""
 
 
+class Reopen(Message, frozen=True):
+    """Compare two producers anew, by their names, that disagreed. Count: 1, or 0 if they are not closed."""
+
+    namespace: str
+    producers: tuple[str, str]
+
+
 class Drain(Message, frozen=True):
     """Answer when all that was published has reached the tiers, at the latest after ``timeout_s``."""
 
@@ -310,6 +317,7 @@ Request = Union[  # noqa: UP007 - msgspec reads the union at run time
     Delete,
     Clear,
     Ask,
+    Reopen,
     Drain,
     Drained,
     Bye,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lmcache_sdk.config import Config, Tenant, default_socket, format_size
 from lmcache_sdk.core import Limits
@@ -29,6 +30,8 @@ from lmcache_sdk.tiers import open_tiers
 _log = logger("daemon")
 
 DRAIN_S = 30.0
+_R = TypeVar("_R", p.Figures, p.Count)
+
 _HEALTH_S = 2.0
 _PROMPT_BYTES = 64 << 20  # of 4,096 tokens of a small model: 16 KiB of KV a token
 
@@ -220,16 +223,25 @@ def ask(path: Path, timeout_s: float = _HEALTH_S) -> p.Figures:
         BackendUnavailable: nobody answers.
         BackendFormatError: it is of another release.
     """
+    return _call(path, p.Ask(), p.Figures, timeout_s)
+
+
+def reopen(path: Path, namespace: str, producers: tuple[str, str]) -> bool:
+    """Have the daemon compare two producers anew that differed; False if they are not closed. Raises as ``ask``."""
+    return bool(_call(path, p.Reopen(namespace, producers), p.Count, _HEALTH_S).count)
+
+
+def _call(path: Path, request: p.Request, kind: type[_R], timeout_s: float) -> _R:
     channel = None
     try:
         channel = Channel(path, timeout_s)
         reply = channel.call(p.Hello(p.PROTOCOL_VERSION), timeout_s)
         if isinstance(reply, p.Welcome):
-            reply = channel.call(p.Ask(), timeout_s)
+            reply = channel.call(request, timeout_s)
         if isinstance(reply, p.Refused):
             raise (BackendFormatError if reply.kind == "version" else BackendUnavailable)(reply.message)
-        if not isinstance(reply, p.Figures):
-            raise p.ProtocolError(f"expected figures, got {type(reply).__name__}")
+        if not isinstance(reply, kind):
+            raise p.ProtocolError(f"expected {kind.__name__}, got {type(reply).__name__}")
         return reply
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise BackendUnavailable(

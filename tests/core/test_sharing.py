@@ -21,7 +21,7 @@ from lmcache_sdk.keys import Chain, Origin
 from lmcache_sdk.lineage import Lineage
 from lmcache_sdk.open import LocalCache
 from lmcache_sdk.pool.shared import SharedPool
-from lmcache_sdk.sharing import LEAVE_OUT, Known, relative_errors
+from lmcache_sdk.sharing import LEAVE_OUT, Known, Turn, relative_errors
 from lmcache_sdk.spec import CellGrid, Group, GroupKind, KVSpec, Namespace, Producer, Share
 from lmcache_sdk.store import Store, Tier
 from tests.core.test_store import wait_until
@@ -30,6 +30,7 @@ CHUNK, LAYERS, HEADS, DIM = 8, 3, 2, 16
 ONE, TWO, THREE = Producer("one", "1", "cpu"), Producer("two", "1", "cpu"), Producer("three", "1", "cpu")
 SPEC = KVSpec((Group("full", GroupKind.FULL, tuple(range(LAYERS)), HEADS, DIM, "bfloat16"),), CHUNK)
 NAMESPACE = Namespace("f", SPEC, label="shared")
+NAMES = (ONE.name, TWO.name)
 
 KV = npt.NDArray[np.float32]
 Change = Callable[[KV], KV]
@@ -525,7 +526,7 @@ def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
     chain, other = text(1, 9), text(2, 6)
     folder = Path(tempfile.mkdtemp(prefix="lmcache-sdk-test-", dir="/dev/shm"))
     try:
-        for life in range(2):
+        for life, state in enumerate(["closed", "closed", "checking"]):
             pool = SharedPool.open(folder / "pool", 2 << 20)
             store = Store(pool=pool)
             store.end_earlier_life()
@@ -533,14 +534,118 @@ def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
             if life == 0:
                 write(one, other)
                 write(one, chain)
-                write(two, chain, change=shifted)
-            wait_until(lambda store=store: [pair.state for pair in store.stats().pairs] == ["closed"])
+                write(two, chain, change=no_numbers)
+            wait_until(lambda store=store, state=state: [pair.state for pair in store.stats().pairs] == [state])
             assert read(two, other) == ([], "") and read(one, other) == (["one"] * 6, "exact")
             assert store.drain(10)
+            if life == 1:
+                wait_until(lambda store=store: store.reopen(NAMESPACE.id, NAMES))
+                two.clear()
             store.close()
-            pool.close(keep=life == 0)
+            pool.close(keep=life < 2)
     finally:
         shutil.rmtree(folder)
+
+
+def test_the_pool_alone_remembers_what_agreed(tmp_path: Path) -> None:
+    chain, other, deeper = text(1, 9), text(2, 12), text(3, 12)
+    folder = Path(tempfile.mkdtemp(prefix="lmcache-sdk-test-", dir="/dev/shm"))
+    try:
+        for life in range(3):
+            pool = SharedPool.open(folder / "pool", 2 << 20)
+            store = Store(pool=pool)
+            store.end_earlier_life()
+            one, two = LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
+            if life == 0:
+                write(one, other)
+                overlap_of(one, two, chunks=9)
+            if life == 1:
+                write(two, deeper, 11)
+                write(one, deeper, 11)
+            depth = [9, 12, 12][life] * CHUNK
+            wait_until(lambda store=store, depth=depth: store.stats().pairs[0].depth == depth)
+            (pair,) = store.stats().pairs
+            assert (pair.state, pair.compared, pair.failed) == ("open", [3, 4, 4][life], 0) and 0 < pair.worst[
+                "k"
+            ] < 0.02
+            if life:
+                assert read(two, other) == (["one"] * (depth // CHUNK), "foreign")
+            assert read(one, chain) == (["one"] * 9, "exact")
+            assert store.drain(10)
+            store.close()
+            pool.close(keep=life < 2)
+    finally:
+        shutil.rmtree(folder)
+
+
+# Reopening
+
+
+def test_a_closed_pair_is_reopened_and_compared_anew(world: World) -> None:
+    one, two, other = world.engine(ONE), world.engine(TWO), text(2, 6)
+    assert not world.store.reopen(NAMESPACE.id, NAMES), "it is not closed"
+    overlap(world, one, two, change=shifted)
+    write(one, other)
+    assert not world.store.reopen(NAMESPACE.id, (ONE.name, THREE.name))
+    assert world.store.reopen(NAMESPACE.id, (TWO.name, ONE.name))
+    assert (only(world).state, only(world).compared, only(world).failed) == ("checking", 0, 0)
+    assert read(two, other) == ([], "")
+    overlap(world, one, two, seed=8)
+    assert only(world).state == "open"
+    assert read(two, other) == (["one"] * 6, "foreign")
+    overlap(world, one, two, seed=9, change=shifted)
+    assert only(world).state == "closed"
+    assert world.store.reopen(NAMESPACE.id, NAMES), "as often as it takes"
+
+
+def test_what_is_still_wrong_closes_it_again(world: World) -> None:
+    one, two = world.engine(ONE), world.engine(TWO)
+    chain = overlap(world, one, two, change=shifted)
+    assert world.store.reopen(NAMESPACE.id, NAMES)
+    assert read(one, chain)[1] == "exact"
+    world.agree()
+    assert only(world).state == "closed"
+
+
+def test_what_came_of_a_closed_pair_is_not_read_when_it_is_reopened(world: World) -> None:
+    one, two, third = world.engine(ONE), world.engine(TWO), text(3, 8)
+    overlap(world, one, two)
+    write(one, third, 0, 4)
+    assert read(two, third) == (["one"] * 4, "foreign")
+    assert write(two, third) == 4
+    overlap(world, one, two, seed=4, change=shifted)
+    assert world.store.reopen(NAMESPACE.id, NAMES)
+    overlap(world, one, two, seed=5)
+    assert read(two, third) == (["one"] * 4, "foreign")
+    assert write(two, third) == 4
+    assert read(two, third) == (["one"] * 4 + ["two"] * 4, "foreign")
+    assert {("two-1-cpu", "foreign", 4), ("two-1-cpu", "foreign.2", 4)} < world.spaces()
+    assert two.clear() and not any(chunks for name, _, chunks in world.spaces() if name == TWO.name)
+
+
+def test_the_stores_of_a_tier_hear_of_it() -> None:
+    worlds = [World(tier := Kept()), World(tier)]
+    opened = []
+    for world in worlds:
+        opened.append([world.engine(producer) for producer in (ONE, TWO)])
+        world.settle()
+
+    def states() -> list[str]:
+        for world, (one, _) in zip(worlds, opened, strict=True):
+            world.store._producers.meet(one._opened)
+            world.settle()
+        return [only(world).state for world in worlds]
+
+    overlap(worlds[0], *opened[0], change=shifted)
+    assert states() == ["closed", "closed"]
+    assert worlds[1].store.reopen(NAMESPACE.id, NAMES)
+    worlds[1].settle()
+    assert states() == ["checking", "checking"]
+    with closing(Store([Tier("memory", tier)], pool_bytes=1 << 20)) as later:
+        LocalCache(later, NAMESPACE, ONE)
+        assert later.drain(10) and [pair.state for pair in later.stats().pairs] == ["checking"]
+    for world in worlds:
+        world.store.close()
 
 
 def test_what_was_derived_is_no_proof(world: World) -> None:
@@ -573,7 +678,7 @@ def test_one_closed_pair_is_the_end_of_what_was_derived(world: World) -> None:
 def test_who_is_closed_stays_so_however_late_they_come() -> None:
     first, second = sorted((ONE.id, TWO.id))
     with closing(Store(pool_bytes=1 << 20)) as store:
-        store._producers.sharing.learn(NAMESPACE.id, Known(closed=((first, second),)))
+        store._producers.sharing.learn(NAMESPACE.id, Known(closed=(Turn(first, second),)))
         for producer in (ONE, TWO):
             LocalCache(store, NAMESPACE, producer)
         assert [pair.state for pair in store.stats().pairs] == ["closed"]

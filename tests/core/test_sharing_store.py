@@ -19,7 +19,7 @@ from lmcache_sdk.jobs import manifests
 from lmcache_sdk.keys import Chain, manifest_key
 from lmcache_sdk.open import LocalCache
 from lmcache_sdk.pool import extent_bytes
-from lmcache_sdk.sharing import Copy, Known
+from lmcache_sdk.sharing import Copy, Known, Turn
 from lmcache_sdk.spec import Producer, Share
 from lmcache_sdk.store import Store, Tier
 from tests.core.test_sharing import CHUNK, NAMESPACE, ONE, SPEC, TWO, World, read, text, write
@@ -161,7 +161,7 @@ def test_what_another_store_has_closed_is_taken_back_here(world: World) -> None:
     world.settle()
     two.lookup("r", chain)
     assert two.wait("r", 10).chunks == 4
-    world.tier.put(manifests(NAMESPACE, ONE, Known((ONE, TWO), (CLOSED,)))[:1], if_absent=False)
+    world.tier.put(manifests(NAMESPACE, ONE, Known((ONE, TWO), (Turn(*CLOSED),)))[:1], if_absent=False)
     world.store._producers.meet(two._opened)
     world.settle()
     assert world.store.stats().pairs[0].state == "closed"
@@ -215,7 +215,7 @@ def test_a_manifest_with_a_broken_entry_keeps_what_can_be_read() -> None:
     assert store.drain(10)
     assert [(pair.state, set(pair.producers)) for pair in store.stats().pairs] == [("closed", {ONE.name, TWO.name})]
     written = in_manifest(tier)
-    assert written["closed"] == [list(CLOSED)]
+    assert written["closed"] == [[*CLOSED, 1]]
     assert {p["engine"] for p in written["producers"]} == {"one", "two"}
     assert store.close()
 

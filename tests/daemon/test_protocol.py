@@ -39,6 +39,7 @@ MESSAGES: list[p.Message] = [
     p.Delete(bytes(32)),
     p.Clear(),
     p.Ask(),
+    p.Reopen("n", ("one", "two")),
     p.Drain(1.0),
     p.Drained(b"c" * 16),
     p.Bye(),

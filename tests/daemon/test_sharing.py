@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -66,7 +67,39 @@ def test_a_producer_that_is_wrong(place: Place) -> None:
     until(lambda: two.connected)
     until(lambda: state(two) == ["closed"])
     assert read(two, other) == ([], "")
+    wrong = command("reopen", "one-2", "two", "--socket", place.socket)
+    assert wrong.returncode == 2 and "no closed pair has names that start with 'one-2' and 'two'" in wrong.stderr
+    assert ONE.name in wrong.stderr
+    done = command("reopen", "two", "one", "--socket", place.socket)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(" are compared anew\n")
+    assert state(two) == ["checking"]
+    place.stop(9)
+    place.begin()
+    until(lambda: two.connected)
+    assert state(two) == ["checking"]
     two.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_agreed_is_open_in_the_next_life(place: Place, number: int) -> None:
+    """Hits go on for the engines that were connected, though nothing is compared again."""
+    one, two, other = place.engine(ONE), place.engine(TWO), text(2, 9)
+    write(one, other)
+    overlap_of(one, two)
+    until(lambda: [pair.depth for pair in two.stats().pairs] == [9 * CHUNK])
+    assert read(two, other) == (["one"] * 9, "foreign")
+    assert one.drain(10)
+    place.stop(number)
+    place.begin()
+    until(lambda: one.connected and two.connected)
+    (pair,) = two.stats().pairs
+    assert (pair.state, pair.depth, pair.compared) == ("open", 9 * CHUNK, 3)
+    assert read(two, other) == (["one"] * 9, "foreign")
+    more = text(3, 9)
+    assert write(two, more) == 9
+    assert read(one, more) == (["two"] * 9, "foreign")
+    for cache in (one, two):
+        cache.close()
 
 
 def test_a_worker_that_has_loaded_foreign_chunks_stores_none_as_exact(place: Place) -> None:
