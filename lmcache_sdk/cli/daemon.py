@@ -95,6 +95,7 @@ def status(
     for line in _overview(path, seen):
         typer.echo(line)
     details = seen.details
+    engines = {client["engine"] for client in details["clients"]}
     _table(
         ("TIER", "RECORDS", "USED", "OF", "WRITE", "QUEUED", "DROPPED", "BREAKER"),
         [
@@ -126,8 +127,12 @@ def status(
                 format_size(space["chunks"] * space["chunk_bytes"]),
             )
             for space in details["namespaces"]
+            if space["chunks"] or (space["producer"] in engines and space["fidelity"] == EXACT)
         ],
     )
+    # A store hears of all that have ever stored in its tiers.
+    present = engines | {space["producer"] for space in details["namespaces"] if space["chunks"]}
+    pairs = [pair for pair in seen.stats.pairs if pair.state == "closed" or present.issuperset(pair.producers)]
     _table(
         ("PRODUCERS", "STATE", "COMPARED", "FAILED", "SERVED TO", "ERROR"),
         [
@@ -139,9 +144,11 @@ def status(
                 f"{pair.depth:,}",
                 ", ".join(f"{role} {error:.2%}" for role, error in pair.worst.items()) or pair.why or "-",
             )
-            for pair in seen.stats.pairs
+            for pair in pairs
         ],
     )
+    if more := len(seen.stats.pairs) - len(pairs):
+        typer.echo(f"\n{counted(more, 'pair')} more with producers that have neither clients nor chunks in the pool")
     _table(
         ("TENANT", "BYTES"),
         [(name or "(none)", format_size(nbytes)) for name, nbytes in sorted(details["tenants"].items())],

@@ -102,6 +102,26 @@ def test_what_agreed_is_open_in_the_next_life(place: Place, number: int) -> None
         cache.close()
 
 
+def test_producers_that_are_gone_are_not_listed(place: Place) -> None:
+    one, two = place.engine(ONE), place.engine(TWO)
+    overlap_of(one, two)
+    until(lambda: state(two) == ["open"])
+    assert two.clear()
+    assert one.drain(10)
+    two.close()
+
+    def listed() -> str:
+        return command("status", "--socket", place.socket).stdout
+
+    until(lambda: TWO.name not in listed())
+    assert ONE.name in listed() and "1 pair more with producers that have neither clients nor chunks" in listed()
+    assert [pair["state"] for pair in place.status()["stats"]["pairs"]] == ["open"], "for scripts it is there"
+    two = place.engine(TWO)
+    assert TWO.name in listed() and " more with producers" not in listed()
+    one.close()
+    two.close()
+
+
 def test_a_worker_that_has_loaded_foreign_chunks_stores_none_as_exact(place: Place) -> None:
     """The scheduler claims, another process copies and stores; and the daemon is another one by then."""
     one, scheduler, worker, chain = place.engine(ONE), place.engine(TWO, "any"), place.engine(TWO, "any"), text(1, 8)
