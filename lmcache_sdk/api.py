@@ -162,7 +162,7 @@ class PairStats(msgspec.Struct, frozen=True):
         state: ``checking``; ``open``: each is served the other's chunks; ``closed``: they disagreed, and are not.
         compared, failed: chunks.
         depth: up to which position of a request chunks are served, in tokens.
-        worst: by role (``k``, ``v``, ``latent``), the largest relative error of a layer so far.
+        worst: by role (``k``, ``v``, ``latent``), the largest relative error of a head so far.
         why: they cannot be compared.
     """
 

@@ -57,6 +57,13 @@ def errors(kv: KV, own: KV) -> tuple[float, float]:
     return float(worst[0]), float(worst[1])
 
 
+def head_errors(kv: KV, own: KV) -> tuple[float, float]:
+    """The same in the worst head of a layer of a chunk, which is what a store compares."""
+    distance, size = (np.square(some, dtype=np.float64).sum(axis=(3, 5)) for some in (kv - own, own))
+    worst = np.sqrt(distance / size).max(axis=(0, 1, 3))
+    return float(worst[0]), float(worst[1])
+
+
 def wrong_conventions(kv: KV) -> dict[str, KV]:
     """The same KV as engines with another idea of it would store it. Nothing but the numbers tells them apart."""
     chunks, layers, _, tokens, heads, dim = kv.shape
