@@ -379,6 +379,7 @@ def test_random_conversations(daemon: Daemon, engine: Engine, seed: int) -> None
                         p.Drained(b"x" * 16),
                         p.Clear(),
                         p.Ask(),
+                        p.Reopen("x", ("one", "two")),
                     ]
                 )
                 frame = p.encode(message)
