@@ -77,7 +77,7 @@ aclError aclrtMemcpyBatchAsync(void **dsts, size_t *destMaxs, void **srcs, size_
                                aclrtStream stream) {
     aclError result = note("MemcpyBatchAsync", "%zu %d->%d %zu", numBatches, attrs->srcLoc.type, attrs->dstLoc.type, (size_t)stream);
     *failIndex = SIZE_MAX;
-    if (!entered || numAttrs != 1 || *attrsIndexes || attrs->srcLoc.type == attrs->dstLoc.type) return INVALID;
+    if (!entered || numBatches > 4096 || numAttrs != 1 || *attrsIndexes || attrs->srcLoc.type == attrs->dstLoc.type) return INVALID;
     for (int i = 0; i < 16; i++)
         if (attrs->rsv[i]) return INVALID;
     for (size_t i = 0; !result && i < numBatches; i++) {

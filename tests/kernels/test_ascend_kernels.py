@@ -145,6 +145,31 @@ def test_registration_and_errors(build_stub: Build) -> None:
         Acl("no-such-file.so")
 
 
+def test_more_than_cann_can_take_is_several_calls(build_stub: Build) -> None:
+    stub = build_stub("acl")
+    acl = Acl(stub.path)
+    source = np.random.default_rng(0).integers(0, 256, (5000, 16), np.uint8)
+    target = np.zeros_like(source)
+    rows = np.arange(5000) * 16
+    with acl.on(0):
+        acl.copy(target.ctypes.data + rows, source.ctypes.data + rows, np.full(5000, 16), 5, device=0, to_host=True)
+    assert [line.split()[1] for line in stub.lines() if "Batch" in line] == ["4096", "904"]
+    assert np.array_equal(source, target)
+
+
+@pytest.mark.parametrize(("release", "pins"), [("4.19.90", False), ("5.10.0-60.oe2203", False), ("5.11.0", True)])
+def test_nothing_is_pinned_where_the_kernel_is_too_old_for_it(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch, release: str, pins: bool
+) -> None:
+    stub = build_stub("acl")
+    monkeypatch.setattr("platform.release", lambda: release)
+    acl = Acl(stub.path)
+    with acl.on(0):
+        answer = acl.register(4096, 8192)
+    assert answer == "" if pins else release in answer
+    assert any("HostRegisterV2" in line for line in stub.lines()) == pins
+
+
 def test_a_thread_gets_its_own_device_back(build_stub: Build) -> None:
     stub = build_stub("acl")
     acl = Acl(stub.path)

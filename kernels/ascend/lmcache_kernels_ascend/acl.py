@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_int, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
@@ -18,6 +19,8 @@ Addresses = npt.NDArray[np.int64]
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _ON_HOST, _ON_DEVICE = 0, 1
 _MAPPED_AND_PINNED = 0x10000002
+_MOST_IN_A_BATCH = 4096  # more are refused
+_OLD_LINUX = (5, 10)  # up to which memory may only be registered that CANN has allocated; other memory faults
 
 
 class _Location(ctypes.Structure):
@@ -62,7 +65,9 @@ class Acl:
         """Queue copies between host and device, of which none overlap; in one call where CANN can."""
         targets, sources, sizes = (np.ascontiguousarray(array, np.int64) for array in (targets, sources, sizes))
         if sizes.size > 1 and self._has_batch:
-            self._copy_batch(targets, sources, sizes, stream, device, to_host)
+            for first in range(0, sizes.size, _MOST_IN_A_BATCH):
+                part = slice(first, first + _MOST_IN_A_BATCH)
+                self._copy_batch(targets[part], sources[part], sizes[part], stream, device, to_host)
             return
         kind = c_int(_DEVICE_TO_HOST if to_host else _HOST_TO_DEVICE)
         for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
@@ -80,6 +85,8 @@ class Acl:
         """Pin host memory; the answer is what went wrong, empty if nothing did."""
         if not hasattr(self._library, "aclrtHostRegisterV2"):
             return "this CANN cannot pin memory that it has not allocated (aclrtHostRegisterV2); 8.5 can"
+        if tuple(map(int, platform.release().split(".")[:2])) <= _OLD_LINUX:
+            return f"Linux {platform.release()} cannot pin memory that CANN has not allocated; newer than 5.10 can"
         code = self._library.aclrtHostRegisterV2(c_void_p(address), c_uint64(nbytes), c_uint32(_MAPPED_AND_PINNED))
         return f"aclrtHostRegisterV2 failed: error {code}" if code else ""
 
