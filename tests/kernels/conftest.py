@@ -40,6 +40,20 @@ class Stub:
         """The context or device of the calling thread; 0 = none, or HIP's first."""
         return int(self._library.stub_current())
 
+    def capture(self) -> None:
+        """From now on, a thread that is not in the test captures a graph."""
+        self._library.stub_capture()
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether a call has spoiled the graph."""
+        return bool(self._library.stub_spoiled())
+
+    @property
+    def mode(self) -> int:
+        """Of the calling thread towards captures; 0 is the default."""
+        return int(self._library.stub_mode())
+
     def clear(self) -> None:
         self._library.stub_clear()
 

@@ -1,5 +1,6 @@
 /* A stand-in for libcuda or libamdhip64, built with the vendors' own headers: "device" memory is the host's, copies
- * happen at once, and every call leaves a line. The compiler checks the signatures, this file the order of calls.
+ * happen at once, and every call but the exchange of a thread's capture mode, which is around all others, leaves a line.
+ * The compiler checks the signatures, this file the order of calls.
  *
  * -DHIP builds AMD's; -DBATCH=0 leaves the batched copy out, 1 has the form of CUDA 12.8, 2 that of CUDA 13 (HIP: 1).
  */
@@ -16,6 +17,7 @@
 #define NO_CONTEXT hipErrorNotInitialized
 #define NOT_READY hipErrorNotReady
 #define ALREADY hipErrorHostMemoryAlreadyRegistered
+#define CAPTURING hipErrorStreamCaptureUnsupported
 #else
 #include <cuda.h>
 #define RESULT CUresult
@@ -24,6 +26,7 @@
 #define NO_CONTEXT CUDA_ERROR_INVALID_CONTEXT
 #define NOT_READY CUDA_ERROR_NOT_READY
 #define ALREADY CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
+#define CAPTURING CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
 #endif
 
 static char lines[1 << 20];
@@ -34,11 +37,16 @@ static size_t handles = 16;
 static void *registered[64];
 static __thread size_t current[8]; /* the devices or contexts that this thread has entered */
 static __thread int entered;
+static int capturing, spoiled; /* a graph, by another thread and in the default mode */
+static __thread int mode;      /* of this thread towards captures: 0 is the default, 2 relaxed */
 
 const char *stub_lines(void) { return lines; }
 size_t stub_current(void) { return entered ? current[entered - 1] : 0; }
 void stub_clear(void) { used = 0, lines[0] = 0; }
-void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0; }
+void stub_reset(void) { stub_clear(), memset(registered, 0, sizeof registered), failing[0] = 0, capturing = spoiled = 0; }
+void stub_capture(void) { capturing = 1; }
+int stub_spoiled(void) { return spoiled; }
+int stub_mode(void) { return mode; }
 void stub_fail(const char *name, int code) { snprintf(failing, sizeof failing, "%s", name), failure = code; }
 
 /* The result of a call: a wished-for failure, or none. */
@@ -54,14 +62,21 @@ static RESULT note(const char *name, const char *format, ...) {
     return failure && !strcmp(name, failing) ? (RESULT)failure : OK;
 }
 
-/* Of a call that no thread may make outside of a context. */
-static RESULT inside(RESULT result) { return entered ? result : NO_CONTEXT; }
+/* Of a call that no thread may make outside of a context, nor beside a capture unless it says that it knows. */
+static RESULT inside(RESULT result) {
+    if (!entered) return NO_CONTEXT;
+    return capturing && mode != 2 ? spoiled = 1, CAPTURING : result;
+}
+
+static RESULT exchange(int *wanted) {
+    int before = mode;
+    return *wanted < 0 || *wanted > 2 ? INVALID : (mode = *wanted, *wanted = before, OK);
+}
 
 static RESULT pin(void *address, size_t size, int flags, const char *name) {
     RESULT result = note(name, "%p %zu %d", address, size, flags);
     int at = 0;
-    if (result) return result;
-    if (!entered) return NO_CONTEXT;
+    if ((result = inside(result))) return result;
     for (int i = 0; i < 64; i++) {
         if (registered[i] == address) return ALREADY;
         if (!registered[i]) at = i;
@@ -71,31 +86,28 @@ static RESULT pin(void *address, size_t size, int flags, const char *name) {
 }
 
 static RESULT unpin(void *address, const char *name) {
-    RESULT result = note(name, "%p", address);
+    RESULT result = inside(note(name, "%p", address));
     for (int i = 0; !result && i < 64; i++)
         if (registered[i] == address) return registered[i] = 0, OK;
     return result ? result : INVALID;
 }
 
 static RESULT move(void *target, const void *source, size_t size, void *stream, const char *name) {
-    RESULT result = note(name, "%p %p %zu %zu", target, source, size, (size_t)stream);
-    if (!entered) return NO_CONTEXT;
+    RESULT result = inside(note(name, "%p %p %zu %zu", target, source, size, (size_t)stream));
     if (!result) memcpy(target, source, size);
     return result;
 }
 
 static RESULT move_all(void **targets, void **sources, size_t *sizes, size_t count, void *stream, const char *name) {
-    RESULT result = note(name, "%zu %zu", count, (size_t)stream);
-    if (!entered) return NO_CONTEXT;
-    if (!stream || !count) return INVALID; /* not the legacy default stream */
+    RESULT result = inside(note(name, "%zu %zu", count, (size_t)stream));
+    if (!stream || !count || count > 4096) return INVALID; /* not the legacy default stream; and see driver.py */
     for (size_t i = 0; !result && i < count; i++) memcpy(targets[i], sources[i], sizes[i]);
     return result;
 }
 
 static RESULT make(void **handle, unsigned flags, const char *name) {
-    RESULT result = note(name, "%u", flags);
     *handle = (void *)++handles;
-    return entered ? result : NO_CONTEXT;
+    return inside(note(name, "%u", flags));
 }
 
 #ifdef HIP
@@ -104,6 +116,7 @@ hipError_t hipGetDevice(int *device) { return *device = stub_current(), note("Ge
 hipError_t hipSetDevice(int device) { return entered = 1, *current = device, note("SetDevice", "%d", device); }
 hipError_t hipStreamCreateWithFlags(hipStream_t *stream, unsigned flags) { return make((void **)stream, flags, "Stream"); }
 hipError_t hipEventCreateWithFlags(hipEvent_t *event, unsigned flags) { return make((void **)event, flags, "Event"); }
+hipError_t hipThreadExchangeStreamCaptureMode(hipStreamCaptureMode *mode) { return exchange((int *)mode); }
 hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream) {
     return inside(note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream));
 }
@@ -122,7 +135,7 @@ const char *hipGetErrorName(hipError_t error) { return error == hipErrorOutOfMem
 hipError_t hipMemcpyBatchAsync(void **targets, void **sources, size_t *sizes, size_t count, hipMemcpyAttributes *attributes,
                                size_t *first, size_t number, size_t *failed, hipStream_t stream) {
     *failed = 0;
-    if (attributes || first || number || count > 8192) return INVALID;
+    if (attributes || first || number) return INVALID;
     return move_all(targets, sources, sizes, count, stream, "MemcpyBatchAsync");
 }
 #endif
@@ -146,6 +159,7 @@ CUresult cuCtxPopCurrent_v2(CUcontext *context) {
 }
 CUresult cuStreamCreate(CUstream *stream, unsigned flags) { return make((void **)stream, flags, "Stream"); }
 CUresult cuEventCreate(CUevent *event, unsigned flags) { return make((void **)event, flags, "Event"); }
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) { return exchange((int *)mode); }
 CUresult cuEventRecord(CUevent event, CUstream stream) {
     return inside(note("EventRecord", "%zu %zu", (size_t)event, (size_t)stream));
 }

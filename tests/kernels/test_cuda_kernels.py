@@ -212,6 +212,36 @@ def test_an_event_is_for_any_thread(build_stub: Build, vendor: str) -> None:
     assert f"StreamWaitEvent 77 {event.handle} 0" in stub.lines()
 
 
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_queues_and_events_that_nobody_has_any_more_are_used_again(build_stub: Build, vendor: str) -> None:
+    """A connector takes two queues, and a process may live through many connectors."""
+    stub = build_stub(vendor)
+    kernels = InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT)
+    first, second = kernels.stream("cuda:0"), kernels.stream("cuda:0")
+    kept = first.record()
+    handle = first._handle
+    assert handle != second._handle
+    del first
+    third = kernels.stream("cuda:0")
+    assert third._handle == handle and kernels.stream("cuda:0")._handle not in (handle, second._handle)
+    others = [third.record() for _ in range(3)]
+    assert len({kept.handle, *(event.handle for event in others)}) == 4, "an event outlives its queue"
+    stub.clear()
+    for _ in range(5):
+        others = []
+        others = [second.record(), third.record(), second.record()]
+    assert not [name for name in stub.names() if name in ("Stream", "Event")] and kept.done()
+    assert len({kept.handle, *(event.handle for event in others)}) == 4
+
+
+def test_memory_to_measure_with_spoils_no_graph(build_stub: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = build_stub("cuda")
+    modes: list[int] = []
+    monkeypatch.setattr(HostDevice, "empty", lambda device, nbytes: modes.append(stub.mode) or torch.empty(nbytes))
+    InterpretedKernels(CUDADriver(stub.path)).allocate("cuda:0", 8)
+    assert modes == [2]
+
+
 class Torch:
     """What ``torch.cuda`` does with the current device, as far as it matters: of two devices, and a new thread."""
 

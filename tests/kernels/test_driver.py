@@ -63,13 +63,18 @@ def test_many_copies_are_one_call_where_the_driver_has_it(opened: Open, vendor: 
         assert stub.lines()[0].endswith(f" 48 {stream}")
 
 
-def test_hip_takes_no_more_than_8192_at_once(opened: Open) -> None:
-    stub, driver = opened("hip", 1, device=3)
+@pytest.mark.parametrize(("vendor", "batch"), [("cuda", 2), ("cuda", 1), ("hip", 1)])
+def test_more_than_a_driver_can_take_is_several_calls(opened: Open, vendor: str, batch: int) -> None:
+    stub, driver = opened(vendor, batch)
     arrays, source, target = copies(10_000, 16)
     driver.copy(*arrays, driver.new_stream())
     assert np.array_equal(target, source[::-1])
-    assert [line.split()[1] for line in stub.lines() if "Batch" in line] == ["8192", "1808"]
-    assert stub.lines()[:2] == ["GetDevice 0", "SetDevice 3"]
+    assert [line.split()[1] for line in stub.lines() if "Batch" in line] == ["4096", "4096", "1808"]
+
+
+def test_hip_is_told_the_device(opened: Open) -> None:
+    stub, _ = opened("hip", device=3)
+    assert stub.lines() == ["GetDevice 0", "SetDevice 3"]
 
 
 @pytest.mark.parametrize(("vendor", "batch"), [("cuda", 2), ("hip", 1)])
@@ -139,6 +144,34 @@ def test_a_thread_is_on_the_device_only_meanwhile(build_stub: Build, vendor: str
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
+def test_a_graph_that_another_thread_captures_is_not_spoiled(build_stub: Build, vendor: str) -> None:
+    """Segments are registered in the background, and the engine may come to capture a graph meanwhile."""
+    stub = build_stub(vendor)
+    driver: Driver = VENDORS[vendor](stub.path)
+    stub.capture()
+    with driver.on(0):
+        stream, event = driver.new_stream(), driver.new_event()
+        assert driver.register(4096, 8192) == ""
+        arrays, source, target = copies(2)
+        driver.copy(*arrays, stream)
+        driver.record(event, stream)
+        driver.hold(stream, event)
+        driver.wait(event)
+        assert driver.done(event) and np.array_equal(target, source[::-1])
+        with driver.on(1):
+            pass
+        driver.unregister(4096)
+    assert not stub.spoiled and stub.mode == 0
+    stub.fail("EventQuery", 1)
+    with pytest.raises(DeviceError), driver.on(0):
+        driver.done(event)
+    stub.fail("SetDevice" if vendor == "hip" else "CtxPushCurrent", 1)
+    with pytest.raises(DeviceError), driver.on(0):
+        pass
+    assert stub.mode == 0, "an engine's thread is to capture as before"
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -182,7 +215,10 @@ def test_a_driver_that_is_not_there_or_too_old_is_named(build_stub: Build) -> No
     with pytest.raises(DeviceError, match=r"the CUDA driver cannot be used: .*no-such-file"):
         CUDADriver("no-such-file.so")
     driver = HIPDriver(build_stub("cuda").path)
-    with pytest.raises(DeviceError, match="the HIP driver has no hipGetDevice; update it"), driver.on(0):
+    with (
+        pytest.raises(DeviceError, match="the HIP driver has no hipThreadExchangeStreamCaptureMode; update it"),
+        driver.on(0),
+    ):
         pass
 
 

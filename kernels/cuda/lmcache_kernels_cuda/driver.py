@@ -27,6 +27,8 @@ _EVENT_BLOCKING_SYNC = 1  # who waits sleeps
 _EVENT_DISABLE_TIMING = 2
 _REGISTER_PORTABLE = 1  # for all devices of the process
 _SOURCE_IN_STREAM_ORDER = 1  # any other order lets a copy read engine memory before the forward pass has written it
+_CAPTURE_RELAXED = 2
+_MOST_IN_A_BATCH = 4096  # HIP faults beyond 8,192; of CUDA a fault is reported at 51,828
 
 
 class _Location(ctypes.Structure):
@@ -60,9 +62,23 @@ class Driver(ABC):
         except OSError as error:
             raise DeviceError(f"the {self.vendor} driver cannot be used: {error}") from error
 
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """The device is the calling thread's meanwhile. A new thread has none, and an engine's gets its own back.
+
+        A graph that another thread captures is not spoiled by what is called meanwhile, nor is the call refused for it:
+        the driver does both with calls that may be unsafe, unless their thread says that they are no part of the graph.
+        """
+        mode = c_int(_CAPTURE_RELAXED)
+        self._call("ThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            with self._entered(device):
+                yield
+        finally:
+            self._call("ThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
     @abstractmethod
-    def on(self, device: int) -> AbstractContextManager[None]:
-        """The device is the calling thread's meanwhile. A new thread has none, and an engine's gets its own back."""
+    def _entered(self, device: int) -> AbstractContextManager[None]: ...
 
     def new_stream(self) -> int:
         """A stream that waits for no other by itself."""
@@ -97,7 +113,9 @@ class Driver(ABC):
         """Queue copies, of which none overlap; many of them in one call, where the driver can."""
         targets, sources, sizes = (np.ascontiguousarray(array, np.int64) for array in (targets, sources, sizes))
         if sizes.size > 1 and self._batch:
-            self._copy_batch(targets, sources, sizes, c_void_p(stream))
+            for first in range(0, sizes.size, _MOST_IN_A_BATCH):
+                part = slice(first, first + _MOST_IN_A_BATCH)
+                self._copy_batch(targets[part], sources[part], sizes[part], c_void_p(stream))
             return
         for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             self._copy_one(c_void_p(target), c_void_p(source), c_size_t(size), c_void_p(stream))
@@ -156,7 +174,7 @@ class CUDADriver(Driver):
         self._batch = next((name for name in ("MemcpyBatchAsync_v2", "MemcpyBatchAsync") if self._has(name)), "")
 
     @contextmanager
-    def on(self, device: int) -> Iterator[None]:
+    def _entered(self, device: int) -> Iterator[None]:
         context = self._contexts.get(device)
         if context is None:
             handle, ordinal = c_void_p(), c_int()
@@ -206,14 +224,13 @@ class HIPDriver(Driver):
         "unregister": "HostUnregister",
     }
     _MEMCPY_DEFAULT = 4
-    _MOST_IN_A_BATCH = 8192  # more fault
 
     def __init__(self, library: str | None = None) -> None:
         super().__init__(library or _mapped("libamdhip64.so"))
         self._batch = "MemcpyBatchAsync" if self._has("MemcpyBatchAsync") else ""
 
     @contextmanager
-    def on(self, device: int) -> Iterator[None]:
+    def _entered(self, device: int) -> Iterator[None]:
         before = c_int()
         self._call("GetDevice", ctypes.byref(before))
         self._call("SetDevice", c_int(device))
@@ -226,18 +243,16 @@ class HIPDriver(Driver):
         self._call("MemcpyAsync", target, source, size, c_int(self._MEMCPY_DEFAULT), stream)
 
     def _copy_batch(self, targets: Addresses, sources: Addresses, sizes: Addresses, stream: c_void_p) -> None:
-        for first in range(0, sizes.size, self._MOST_IN_A_BATCH):
-            part = [array[first : first + self._MOST_IN_A_BATCH] for array in (targets, sources, sizes)]
-            self._call(
-                self._batch,
-                *(c_void_p(array.ctypes.data) for array in part),
-                c_size_t(part[0].size),
-                None,  # attributes are not supported there, and refused by some versions
-                None,
-                c_size_t(0),
-                ctypes.byref(c_size_t()),
-                stream,
-            )
+        self._call(
+            self._batch,
+            *(c_void_p(array.ctypes.data) for array in (targets, sources, sizes)),
+            c_size_t(sizes.size),
+            None,  # attributes are not supported there, and refused by some versions
+            None,
+            c_size_t(0),
+            ctypes.byref(c_size_t()),
+            stream,
+        )
 
     def _name_of(self, code: int) -> str:
         function = self._function("GetErrorName")

@@ -12,7 +12,7 @@ import torch
 
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
 from lmcache_kernels_cuda.routes import Routes, calibrate
-from lmcache_kernels_cuda.streams import CUDAStream, Device, using
+from lmcache_kernels_cuda.streams import CUDAStream, Device, Spare, using
 from lmcache_sdk.errors import DeviceError
 from lmcache_sdk.kernels import Bytes, QueuedKernels, Room, host_buffer
 from lmcache_sdk.layout import KVLayout, Plane, Strides
@@ -49,6 +49,7 @@ class CUDAKernels(QueuedKernels):
         self._staging_bytes = staging_bytes
         self._opening = threading.Lock()
         self._measured: dict[str, Routes] = {}  # by device
+        self._spare: dict[str, Spare] = {}  # by device
         self._home = 0  # a device that this process uses
 
     def stream(self, device: str) -> CUDAStream:
@@ -63,7 +64,9 @@ class CUDAKernels(QueuedKernels):
 
     def allocate(self, device: str, nbytes: int) -> Room:
         with using(device):
-            memory = self._device(device).empty(nbytes)
+            opened = self._device(device)
+            with self._driver.on(opened.index):
+                memory = opened.empty(nbytes)
         return Room(memory.data_ptr(), memory)
 
     def _device(self, name: str) -> Device:
@@ -72,7 +75,8 @@ class CUDAKernels(QueuedKernels):
     def _stream(self, device: str, routes: Routes) -> CUDAStream:
         with using(device):
             opened = self._device(device)
-            stream = CUDAStream(opened, self._driver, self.check_queued, routes, self._staging_bytes)
+            spare = self._spare.setdefault(device, Spare([], []))
+            stream = CUDAStream(opened, self._driver, self.check_queued, routes, self._staging_bytes, spare)
         self._home = opened.index
         return stream
 

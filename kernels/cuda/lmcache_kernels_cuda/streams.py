@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,19 +63,32 @@ class Device:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.torch, non_blocking=True)
 
 
-class CUDAEvent:
-    """See :class:`lmcache_sdk.kernels.Event`. For any thread.
-
-    Args:
-        device: whose it is.
-        handle: the driver's; given to ``unused`` when nobody has the event any more.
+class Spare(NamedTuple):
+    """Streams and events of a device that nobody has any more. They are not given back but used again: torch keeps the
+    memory that was a stream's for the next one of that handle.
     """
 
-    def __init__(self, driver: Driver, device: int, handle: int, unused: list[int]) -> None:
-        self.handle = handle
+    streams: list[int]
+    events: list[int]
+
+
+def _kept_for(owner: object, spare: list[int], make: Callable[[], int]) -> int:
+    """A handle of the driver's that is spare when its owner is gone."""
+    try:
+        handle = spare.pop()
+    except IndexError:
+        handle = make()
+    weakref.finalize(owner, spare.append, handle).atexit = False
+    return handle
+
+
+class CUDAEvent:
+    """See :class:`lmcache_sdk.kernels.Event`. For any thread."""
+
+    def __init__(self, driver: Driver, device: int, spare: Spare) -> None:
+        self.handle = _kept_for(self, spare.events, driver.new_event)
         self._driver = driver
         self._device = device
-        weakref.finalize(self, unused.append, handle).atexit = False
 
     def done(self) -> bool:
         """See :class:`lmcache_sdk.kernels.Event`."""
@@ -99,10 +112,17 @@ class CUDAStream(StagedQueue):
     Args:
         routes: which runs go by copy engine.
         staging_bytes: memory of the device.
+        spare: of the device.
     """
 
     def __init__(
-        self, device: Device, driver: Driver, check_queued: CheckQueued, routes: Routes, staging_bytes: int
+        self,
+        device: Device,
+        driver: Driver,
+        check_queued: CheckQueued,
+        routes: Routes,
+        staging_bytes: int,
+        spare: Spare,
     ) -> None:
         super().__init__(device.name, check_queued)
         self.routes = routes
@@ -110,11 +130,11 @@ class CUDAStream(StagedQueue):
         self._driver = driver
         self._handle = 0  # the default stream, for want of another yet
         with self.queueing():
-            self._handle = driver.new_stream()
+            self._handle = _kept_for(self, spare.streams, driver.new_stream)
         with self.queueing():
             self._staging = device.empty(staging_bytes)
         self._bases: dict[bytes, torch.Tensor] = {}
-        self._unused: list[int] = []  # events, to be recorded again
+        self._spare = spare
 
     @contextmanager
     def queueing(self) -> Iterator[None]:
@@ -149,9 +169,9 @@ class CUDAStream(StagedQueue):
 
     def record(self) -> CUDAEvent:
         with self.queueing():
-            handle = self._unused.pop() if self._unused else self._driver.new_event()
-            self._driver.record(handle, self._handle)
-        return CUDAEvent(self._driver, self._device.index, handle, self._unused)
+            event = CUDAEvent(self._driver, self._device.index, self._spare)
+            self._driver.record(event.handle, self._handle)
+        return event
 
     def _launch(self, small: Small, piece: Piece, *, to_staging: bool) -> None:
         """The tables of a plan are made at its first use by this queue; addresses are kept for the next plan, too."""
