@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
+from lmcache_kernels_cuda.kernels import CUDAKernels
 from lmcache_kernels_cuda.streams import Device
 from lmcache_sdk.errors import DeviceError, LayoutError
 from lmcache_sdk.kernels import DeviceKernels, Kernels, host_buffer, kernels_for
@@ -320,6 +322,17 @@ def test_other_events_and_devices_without_a_number_are_refused_by_name(build_stu
 
 def test_it_is_what_the_interface_asks_for(build_stub: Build) -> None:
     assert isinstance(InterpretedKernels(CUDADriver(build_stub("cuda").path)), DeviceKernels)
+
+
+@pytest.mark.parametrize(("vendor", "hip"), [("cuda", None), ("hip", "7.2.1")])
+def test_the_driver_is_that_of_torchs_vendor_and_rocm_stages(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch, vendor: str, hip: str | None
+) -> None:
+    """A large registration is not reliable on ROCm, so pool memory is by default not registered there."""
+    path = build_stub(vendor).path
+    monkeypatch.setattr(f"lmcache_kernels_cuda.kernels.{DRIVERS[vendor].__name__}", partial(DRIVERS[vendor], path))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert bool(CUDAKernels().prefers_staging) == (vendor == "hip")
 
 
 def test_without_a_device_the_installed_package_says_so() -> None:

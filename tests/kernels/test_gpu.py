@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -69,3 +71,28 @@ def test_a_store_waits_for_torchs_stream_and_torchs_stream_for_the_store() -> No
         stored.wait()
         assert (chunk.view(np.uint16) == torch.tensor(float(value)).bfloat16().view(torch.int16).item()).all()
     kernels.unpin(chunk)
+
+
+def test_a_graph_that_another_thread_captures_is_not_spoiled() -> None:
+    """Not even by a registration, which torch's default mode of capture forbids to all threads."""
+    kernels = kernels_for("cuda:0")
+    assert isinstance(kernels, CUDAKernels)
+    memory = torch.zeros((64, 16, 8, 128), dtype=torch.bfloat16, device="cuda:0")
+    plane = Plane.of(memory, ("page", "token", "head", "dim"), group="g", layer=0, role="latent")
+    queue, plan = kernels.stream("cuda:0"), kernels.plan(KVLayout((plane,), "cuda:0"), np.arange(64 * 16))
+
+    def copy() -> None:
+        chunk = host_buffer(memory.nbytes)
+        assert kernels.pin(chunk)
+        queue.gather((plane,), (0, 8), plan, chunk)
+        queue.record().wait()
+        kernels.unpin(chunk)
+
+    graph, count = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda:0")
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(copy).result()
+        with torch.cuda.graph(graph):
+            count += 1
+            thread.submit(copy).result()
+    graph.replay()
+    assert count.item() == 1
