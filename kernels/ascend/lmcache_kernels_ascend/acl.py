@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_int, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
@@ -85,7 +86,7 @@ class Acl:
         """Pin host memory; the answer is what went wrong, empty if nothing did."""
         if not hasattr(self._library, "aclrtHostRegisterV2"):
             return "this CANN cannot pin memory that it has not allocated (aclrtHostRegisterV2); 8.5 can"
-        if tuple(map(int, platform.release().split(".")[:2])) <= _OLD_LINUX:
+        if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) <= _OLD_LINUX:
             return f"Linux {platform.release()} cannot pin memory that CANN has not allocated; newer than 5.10 can"
         code = self._library.aclrtHostRegisterV2(c_void_p(address), c_uint64(nbytes), c_uint32(_MAPPED_AND_PINNED))
         return f"aclrtHostRegisterV2 failed: error {code}" if code else ""
