@@ -215,6 +215,33 @@ def test_an_event_is_for_any_thread(build_stub: Build, vendor: str) -> None:
 
 
 @pytest.mark.parametrize("vendor", DRIVERS)
+def test_events_order_queues(build_stub: Build, monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
+    """The engine's events, and ours of another queue; a stand-in copies at once, so its lines must show it."""
+    monkeypatch.setattr("torch.cuda.Event", SimpleNamespace)
+    stub = build_stub(vendor)
+    kernels = InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT)
+    stream, other = kernels.stream("cuda:0"), kernels.stream("cuda:0")
+    stub.clear()
+    event = other.record()
+    stream.wait(event)
+    stream.wait(SimpleNamespace(cuda_event=77))
+    assert [line for line in stub.lines() if "Event" in line] == [
+        f"Event {2 | 1}",
+        f"EventRecord {event.handle} {other._handle}",
+        f"StreamWaitEvent {stream._handle} {event.handle} 0",
+        f"StreamWaitEvent {stream._handle} 77 0",
+    ]
+
+
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_a_queue_waits_for_no_other_by_itself(build_stub: Build, vendor: str) -> None:
+    """Nor does torch's default stream for it."""
+    stub = build_stub(vendor)
+    InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT).stream("cuda:0")
+    assert [line for line in stub.lines() if line.startswith("Stream")] == ["Stream 1"]
+
+
+@pytest.mark.parametrize("vendor", DRIVERS)
 def test_queues_and_events_that_nobody_has_any_more_are_used_again(build_stub: Build, vendor: str) -> None:
     """A connector takes two queues, and a process may live through many connectors."""
     stub = build_stub(vendor)
