@@ -506,19 +506,21 @@ class KernelTests:
         assert np.array_equal(chunk.bytes.view(np.uint16), np.ravel(wanted))
         chunk.assert_guards()
 
-    def test_a_plan_is_used_again(self, kernels: Kernels) -> None:
-        """One plan serves all layers, both directions, and outlives the caller's slots."""
+    @pytest.mark.parametrize("form", ["NHD", "HND"])
+    def test_a_plan_is_used_again(self, kernels: Kernels, form: str) -> None:
+        """One plan serves all layers, all heads, both directions, and outlives the caller's slots."""
         rng = np.random.default_rng(SEED)
-        engine = Engine(self, FORMS["NHD"], Sizes(4, 16, 3, 32), "bfloat16", rng)
+        engine = Engine(self, FORMS[form], Sizes(4, 16, 3, 32), "bfloat16", rng)
         slots = SLOTS["ragged"](engine.sizes, rng)
         plan = kernels.plan(engine.layout, given := slots.copy())
         given[:] = 0
-        for layer in LAYERS:
+        for layer, heads in itertools.product(LAYERS, [(0, 3), (1, 3), (2, 3)]):
             planes = engine.layout.planes_of("g", [layer])
-            chunk = GuardedChunk(2 * slots.size * 3 * 32 * 2, rng)
-            kernels.gather(planes, (0, 3), plan, chunk.bytes)
-            assert np.array_equal(chunk.bytes.view(np.uint16), engine.read([layer], (0, 3), slots).reshape(-1))
-            kernels.scatter(planes, (0, 3), plan, chunk.bytes)
+            wanted = engine.read([layer], heads, slots)
+            chunk = GuardedChunk(wanted.nbytes, rng)
+            kernels.gather(planes, heads, plan, chunk.bytes)
+            assert np.array_equal(chunk.bytes.view(np.uint16), wanted.reshape(-1))
+            kernels.scatter(planes, heads, plan, chunk.bytes)
         engine.assert_device_equals_host()
 
     @pytest.mark.parametrize("form", ["NHD, all layers in a page", "HND, fused K|V", "vLLM CPU blocks"])

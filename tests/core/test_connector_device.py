@@ -349,6 +349,16 @@ def test_a_layer_that_no_forward_pass_can_wait_for_is_a_failed_transfer(
     assert transfer.wait(10) and list(transfer.failed_chunks()) == [0, 1, 2]
 
 
+def test_what_is_asked_for_after_the_end_has_failed(rig: Rig) -> None:
+    rig.connect("direct")
+    rig.stored(TOKENS, SLOTS)
+    rig.device.go()
+    assert rig.connector.close()
+    for transfer in (rig.load(TOKENS, ELSEWHERE), rig.store(OTHERS, SLOTS)):
+        assert transfer.done() and list(transfer.failed_chunks()) == [0, 1, 2]
+    assert rig.leases == 0
+
+
 def changed(slots: Slots, at: int, value: int) -> Slots:
     slots = slots.copy()
     slots[at] = value

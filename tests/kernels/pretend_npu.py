@@ -15,6 +15,7 @@ import torch.utils.backend_registration as registration
 from torch.utils._pytree import tree_leaves, tree_map
 
 operations: list[str] = []
+streams: set[int] = set()  # on which they were
 
 
 class Stream:
@@ -47,10 +48,13 @@ class Module:
     """What is ``torch.npu``."""
 
     Stream, Event = Stream, Event
+    current = 0
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
+        before, Module.current = Module.current, stream.npu_stream
         yield
+        Module.current = before
 
     def is_available(self) -> bool:
         return True
@@ -101,6 +105,7 @@ class NpuTensor(torch.Tensor):
         to_cpu = device is not None and torch.device(device).type == "cpu"
         to_host = to_cpu or (func is torch.ops.aten.copy_.default and not isinstance(args[0], NpuTensor))
         operations.append("a copy to the host" if to_host else str(func).removeprefix("aten."))
+        streams.add(Module.current)
         if device is not None:
             kwargs["device"] = "cpu"
         if func not in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):

@@ -92,8 +92,10 @@ def test_what_is_asked_of_the_device(build_stub: Build, dim: int, large: bool) -
     stream, plan, planes = kernels.stream("npu:0"), kernels.plan(layout, slots), layout.planes_of("g", [0])
     number = stream._stream.npu_stream
     pretend_npu.operations.clear()
+    pretend_npu.streams.clear()
     stub.clear()
     stream.gather(planes, (0, 2), plan, chunk)
+    assert pretend_npu.streams == (set() if large else {number}), "in order with the transfers"
     chosen = memory.raw.view(2, 32, 2 * dim)[:, slots]
     assert np.array_equal(chunk.reshape(2, 8, -1), chosen.numpy())
     transfers = [line for line in stub.lines() if "Memcpy" in line]
@@ -176,6 +178,19 @@ def test_nothing_is_pinned_where_the_kernel_is_too_old_for_it(
         answer = acl.register(4096, 8192)
     assert answer == "" if pins else release in answer
     assert any("HostRegisterV2" in line for line in stub.lines()) == pins
+
+
+def test_memory_is_registered_on_a_device_that_the_process_uses(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = build_stub("acl")
+    kernels = AscendKernels(Acl(stub.path), staging_bytes=64)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
+    kernels.stream("npu:3")
+    assert kernels.pin(host_buffer(4096))
+    before, registered = stub.lines()[-2:]
+    assert before == "SetDevice 3" and registered.startswith("HostRegisterV2")
 
 
 def test_a_thread_gets_its_own_device_back(build_stub: Build) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmcache_kernels_cuda import blocks
 from lmcache_kernels_cuda.driver import CUDADriver, Driver, HIPDriver
 from lmcache_kernels_cuda.kernels import CUDAKernels
 from lmcache_kernels_cuda.streams import Device
@@ -214,6 +215,52 @@ def test_an_event_is_for_any_thread(build_stub: Build, vendor: str) -> None:
     assert f"StreamWaitEvent 77 {event.handle} 0" in stub.lines()
 
 
+def test_layers_that_are_aligned_differently_have_one_plan(build_stub: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the kernel is promised of addresses is true of each, which the interpreter does not check."""
+    launch, promised = blocks.launch, list[int]()
+
+    def check(
+        bases: torch.Tensor, offsets: torch.Tensor, staging: Any, block: int, alignment: int, **rest: Any
+    ) -> None:
+        word = blocks.word_bytes(alignment)
+        assert not (bases % alignment).any() and not (offsets * word % alignment).any() and not block % alignment
+        promised.append(alignment)
+        launch(bases, offsets, staging, block, alignment, **rest)
+
+    monkeypatch.setattr(blocks, "launch", check)
+    kernels = InterpretedKernels(CUDADriver(build_stub("cuda").path), routes=STAGED)
+    room = np.random.default_rng(1).integers(0, 256, 3 * 4096, np.uint8)
+    start = -room.ctypes.data % 16
+    views = [room[start + at :][:2048].view(np.uint16).reshape(8, 4, 32) for at in (0, 4098, 8200)]
+    axes = ("page", "token", "dim")
+    planes = tuple(
+        Plane.of(view, axes, group="g", layer=layer, role="latent", dtype="bfloat16")
+        for layer, view in enumerate(views)
+    )
+    slots = np.array([5, 30, 6])
+    layout = KVLayout(planes, "cuda:0")
+    plan, chunk = kernels.plan(layout, slots), np.zeros(3 * 64, np.uint8)
+    for layer, view in enumerate(views):
+        kernels.gather(layout.planes_of("g", [layer]), (0, 1), plan, chunk)
+        assert np.array_equal(chunk.view(np.uint16).reshape(3, 32), view.reshape(32, 32)[slots])
+    assert promised == [16, 2, 8]
+
+
+@pytest.mark.parametrize("vendor", DRIVERS)
+def test_memory_is_registered_on_a_device_that_the_process_uses(
+    build_stub: Build, monkeypatch: pytest.MonkeyPatch, vendor: str
+) -> None:
+    """The first one may be another rank's, and would hold a context of this process for it."""
+    monkeypatch.setattr(InterpretedKernels, "_device", lambda kernels, name: HostDevice(name))
+    stub = build_stub(vendor)
+    kernels = InterpretedKernels(DRIVERS[vendor](stub.path), routes=DIRECT)
+    kernels.stream("cuda:1")
+    assert kernels.pin(host_buffer(4096))
+    entered = [line for line in stub.lines() if line.startswith(("CtxPush", "SetDevice", "Register"))]
+    register = next(number for number, line in enumerate(entered) if line.startswith("Register"))
+    assert entered[register - 1] == {"cuda": "CtxPushCurrent 101", "hip": "SetDevice 1"}[vendor]
+
+
 @pytest.mark.parametrize("vendor", DRIVERS)
 def test_events_order_queues(build_stub: Build, monkeypatch: pytest.MonkeyPatch, vendor: str) -> None:
     """The engine's events, and ours of another queue; a stand-in copies at once, so its lines must show it."""
@@ -276,6 +323,7 @@ class Torch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current, self.contexts, self.synchronized = 0, set[int](), 0
+        self.on = 0  # the current stream
         for name in ("device", "stream", "ExternalStream", "current_stream"):
             monkeypatch.setattr(f"torch.cuda.{name}", getattr(self, name))
 
@@ -297,7 +345,9 @@ class Torch:
     def stream(self, stream: tuple[int, torch.device]) -> Iterator[None]:
         before = self.current
         self._set(stream[1].index)
+        self.on = stream[0]
         yield
+        self.on = 0
         self._set(before)
 
     def current_stream(self, device: torch.device) -> SimpleNamespace:
@@ -307,8 +357,8 @@ class Torch:
 def test_no_context_is_made_on_a_device_that_is_another_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Torch(monkeypatch)
     with Device("cuda:1").on(5):
-        assert fake.current == 1
-    assert fake.current == 0 and fake.contexts == {1}
+        assert fake.current == 1 and fake.on == 5
+    assert fake.current == fake.on == 0 and fake.contexts == {1}
 
 
 def test_new_memory_has_no_earlier_use(monkeypatch: pytest.MonkeyPatch) -> None:
