@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from lmcache_adapters.deployment import part_of
 from lmcache_adapters.settings import on_error
 from lmcache_adapters.vllm.chains import chain_of
-from lmcache_adapters.vllm.identity import lora_key
+from lmcache_adapters.vllm.lora import LoraKeys
 from lmcache_adapters.vllm.settings import Wishes, read_settings, read_wishes
 from lmcache_sdk import BackendFormatError, Chain, ConfigError, LayoutError, UnsupportedError
 from lmcache_sdk.spec import WHOLE, Group, GroupKind, Part
@@ -31,10 +32,18 @@ def request(**changes: Any) -> Any:
     return SimpleNamespace(**{**facts, **changes})
 
 
+def chain(**changes: Any) -> Chain | None:
+    asking, keys = request(**changes), LoraKeys()
+    lora = keys.ask(asking.lora_request)
+    wait([lora], 10)
+    keys.close()
+    return chain_of(asking, 64, lora=lora)
+
+
 def digests(**changes: Any) -> list[bytes]:
-    chain = chain_of(request(**changes), 64)
-    assert chain is not None
-    return chain.digests()
+    found = chain(**changes)
+    assert found is not None
+    return found.digests()
 
 
 def adapter(folder: Path, content: bytes) -> LoRARequest:
@@ -54,9 +63,30 @@ def test_a_lora_adapter_is_its_files(tmp_path: Path) -> None:
     assert digests(lora_request=one) == digests(lora_request=same)
     assert len({digests(lora_request=lora)[0] for lora in (None, one, other)}) == 3
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
-    assert lora_key(str(tmp_path / "a")) != lora_key(str(tmp_path / "b"))
-    with pytest.raises(ConfigError, match="nowhere"):
-        lora_key(str(tmp_path / "nowhere"))
+    assert digests(lora_request=one) != digests(lora_request=same)
+
+
+def test_an_adapter_is_read_once_for_each_version_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, keys, reads = adapter(tmp_path / "a", b"1"), LoraKeys(), []
+    monkeypatch.setattr("lmcache_adapters.vllm.lora._digest", lambda path, files: reads.append(path) or len(reads))
+    assert [keys.ask(one).result(10) for _ in range(3)] == [1, 1, 1]
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+    assert [keys.ask(one).result(10) for _ in range(3)] == [2, 2, 2]
+    keys.close()
+
+
+def test_an_adapter_that_could_not_be_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, keys = adapter(tmp_path / "a", b"1"), LoraKeys()
+
+    def broken(*_: Any) -> Any:
+        raise OSError("a disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmcache_adapters.vllm.lora._digest", broken)
+        with pytest.raises(OSError, match="a disk"):
+            keys.ask(one).result(10)
+    assert keys.ask(one).result(10).startswith("lora:")
+    keys.close()
 
 
 def test_an_image_enters_the_chunks_that_it_overlaps() -> None:
@@ -72,7 +102,7 @@ def test_an_image_enters_the_chunks_that_it_overlaps() -> None:
     "changes", [{"prompt_embeds": object()}, {"lora_request": LoRARequest("x", 1, "/no/such/adapter")}]
 )
 def test_what_cannot_be_named_is_not_kept(changes: dict[str, Any]) -> None:
-    assert chain_of(request(**changes), 64) is None
+    assert chain(**changes) is None
 
 
 def test_wishes() -> None:

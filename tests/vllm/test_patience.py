@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from lmcache_adapters.vllm.scheduler import Scheduler
 from lmcache_sdk.api import Lookup, LookupState
@@ -161,3 +164,24 @@ def test_a_cache_that_raises_is_a_miss_and_vllm_goes_on() -> None:
     asking.num_computed_tokens = 0
     assert scheduler.finished(asking, []) is False
     assert scheduler.reset() is False
+
+
+def test_an_adapter_that_is_being_read_is_waited_for_like_a_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    go = threading.Event()
+    monkeypatch.setattr("lmcache_adapters.vllm.lora._digest", lambda *_: go.wait(30) and "lora:x")
+    cache, asking = SlowCache(0.0), request()
+    asking.lora_request = LoRARequest("l", 1, str(tmp_path))
+    scheduler = Scheduler(cache, block_tokens=32, clock=lambda: cache.now)
+    assert scheduler.matched(asking, 0) == (None, False)
+    cache.now = FIRST_WAIT_S
+    assert scheduler.matched(asking, 0) == (0, False)
+    assert scheduler.figures == {"lookups_given_up": 1}
+    cache.now += 2.0  # vLLM had no blocks, and asks once more
+    assert scheduler.matched(asking, 0) == (None, False)
+    go.set()
+    assert scheduler._states["r"].lora.result(10) == "lora:x"
+    cache.now += 0.01
+    assert scheduler.matched(asking, 0) == (960, True)

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus
 
+import lmcache_adapters.vllm.lora as lora_module
 from tests.core.served import Served
 from tests.vllm.pretend import PretendEngine, until
 
@@ -424,6 +426,40 @@ def test_asking_has_no_side_effects_and_is_cheap(make: Make) -> None:
     assert engine.connector.get_num_new_matched_tokens(request, 96) == (1888, True)
     engine.settle()
     assert engine.computed["warm"] == 16
+
+
+def test_nobody_waits_for_an_adapter_that_is_long_in_reading(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither vLLM's scheduler nor, beyond its patience, the request; that is stored if it still runs then."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    lora, read, go = LoRARequest("l", 1, str(tmp_path)), lora_module._digest, threading.Event()
+    monkeypatch.setattr("lmcache_adapters.vllm.lora._digest", lambda *args: go.wait(30) and read(*args))
+    engine = make()
+    ask, times = engine.connector.get_num_new_matched_tokens, []
+
+    def timed(*args: Any) -> Any:
+        began = time.perf_counter()
+        answer = ask(*args)
+        times.append((time.perf_counter() - began, answer))
+        return answer
+
+    engine.connector.get_num_new_matched_tokens = timed
+    half, ids = engine.connector._scheduler, prompt(300)
+    half.speed.add(0, 300, 2.0)  # so that its patience is 3 % of about that
+    assert engine.run("a", ids, lora_request=lora) == 0
+    assert times[0][1] == (None, False) and times[-1][1] == (0, False)
+    assert min(seconds for seconds, _ in times) < 0.005 and max(seconds for seconds, _ in times) < 0.5
+    engine.flush()
+
+    engine.add("b", ids, lora_request=lora, max_tokens=60)
+    while not engine.computed["b"]:
+        engine.step()
+    go.set()
+    until(half._states["b"].lora.done)
+    engine.settle()
+    engine.flush()
+    assert engine.run("c", ids, lora_request=lora) == 256
 
 
 def test_hit_sources(make: Make) -> None:

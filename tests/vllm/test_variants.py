@@ -38,6 +38,9 @@ def test_lora_adapters_are_apart_and_found_again(tiny_directory: Path, served: S
     ids = prompt(300, 1)
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     with engine(tiny_directory, served.url, **options) as harness:
+        for lora in (one, other, moved):
+            run(harness, prompt(100, 2), lora=lora)  # while its files are being read it may be computed, and not stored
+        only_cache(harness)
         cold: dict[str | None, Any] = {}
         for lora in (None, one, other):
             cached, cold[lora] = run(harness, ids, lora=lora)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
-from lmcache_adapters.vllm.identity import lora_key
+from lmcache_adapters.vllm.lora import NO_ADAPTER
 from lmcache_sdk.keys import Chain, Overlay
 from lmcache_sdk.observe.logs import logger
 
 _log = logger("vllm")
 
 
-def chain_of(request: Any, chunk_tokens: int, tenant: str = "") -> Chain | None:
-    """The chain of all tokens that a request has so far; None if its KV cannot be named, and so not be kept."""
+def chain_of(request: Any, chunk_tokens: int, tenant: str = "", lora: Future[str | None] = NO_ADAPTER) -> Chain | None:
+    """The chain of all tokens that a request has so far; None if its KV cannot be named, and so not be kept.
+
+    Args:
+        lora: the key of its adapter, which is done.
+    """
     if getattr(request, "prompt_embeds", None) is not None:
         return None  # there are no token ids that would tell one prompt from another
     try:
-        lora = getattr(request, "lora_request", None)
         return Chain(
             list(request.all_token_ids),
             chunk_tokens,
             cache_salt=request.cache_salt,
-            extra_key=None if lora is None else lora_key(lora.lora_path),
+            extra_key=lora.result(),
             tenant=tenant,
             overlays=[_overlay(feature) for feature in request.mm_features or ()],
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from lmcache_adapters.deployment import weights_directory, with_grid_of
 from lmcache_adapters.settings import Settings
-from lmcache_sdk.errors import ConfigError, UnsupportedError
+from lmcache_sdk.errors import UnsupportedError
 from lmcache_sdk.observe.logs import logger
-from lmcache_sdk.spec import Namespace, Producer, canonical_json, namespace_of, weights_fingerprint
+from lmcache_sdk.spec import Namespace, Producer, namespace_of, weights_fingerprint
 
 _log = logger("vllm")
 
@@ -103,29 +101,3 @@ def _producer(vllm_config: Any, dtype: str) -> Producer:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def lora_key(path: str) -> str:
-    """What a LoRA adapter adds to the keys of its requests: a digest of its files, whatever it is called.
-
-    All of it is read, once for each version of the files: a few hundred megabytes at most, when vLLM reads them too.
-
-    Raises:
-        ConfigError: no such directory, or no adapter in it.
-    """
-    files = sorted(Path(path).glob("adapter_*"))
-    if not files:
-        raise ConfigError(f"{path} is not a directory with a LoRA adapter")
-    stats = [(str(file), file.stat()) for file in files]
-    return _lora_key(tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
-
-
-@lru_cache(maxsize=256)
-def _lora_key(files: tuple[tuple[str, int, int, int], ...]) -> str:
-    sha = hashlib.sha256()
-    for name, _, size, _ in files:
-        sha.update(canonical_json([Path(name).name, size]))
-        with Path(name).open("rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    return f"lora:{sha.hexdigest()[:32]}"

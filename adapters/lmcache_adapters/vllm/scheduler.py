@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lmcache_adapters.vllm.chains import chain_of
+from lmcache_adapters.vllm.lora import LoraKeys
 from lmcache_adapters.vllm.messages import Load, StepMeta, StepReport, Store
 from lmcache_adapters.vllm.settings import Wishes, read_wishes
 from lmcache_sdk.api import Cache, Lookup, LookupState, Ticket
@@ -24,6 +26,8 @@ _READY_S = 1.0
 _PENDING_S = 0.003
 
 _MISS = Lookup(LookupState.MISS, why="the cache failed")
+_UNNAMED = Lookup(LookupState.MISS, why="the request cannot be named")
+_NOT_YET_NAMED = Lookup(LookupState.PENDING, why="its LoRA adapter is being read")
 _T = TypeVar("_T")
 _log = logger("vllm")
 
@@ -33,6 +37,8 @@ class _State:
     """Of one request that vLLM has not finished.
 
     Attributes:
+        lora: the key of its adapter, until its chain is made; None also if the request does not use the cache.
+        chain: None before that, and if its KV cannot be named.
         known: tokens of the request that are in its chain.
         computed: tokens that vLLM had itself when it last asked.
         lookup, asked_at: the cache's last answer.
@@ -48,8 +54,9 @@ class _State:
 
     request: Any
     wishes: Wishes
-    chain: Chain | None
-    known: int
+    lora: Future[str | None] | None
+    chain: Chain | None = None
+    known: int = 0
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     lookup: Lookup | None = None
@@ -95,6 +102,7 @@ class Scheduler:
         self._loads, self._stores = loads, stores
         self._ready = unheard
         self._clock = clock
+        self._lora_keys = LoraKeys()
         self._states: dict[str, _State] = {}
         self._held: dict[str, _State] = {}  # finished; their blocks wait for their stores
         self._tickets: dict[str, Ticket] = {}  # until the workers are done
@@ -244,6 +252,7 @@ class Scheduler:
         """Let go of the cache."""
         for rid in list(self._tickets):
             self._release(rid)
+        self._lora_keys.close()
         self._cache.close(timeout_s)
 
     # Lookups
@@ -258,14 +267,12 @@ class Scheduler:
 
     def _look(self, state: _State, usable: int) -> Lookup | None:
         """The settled answer; None while it is worth waiting for more."""
-        now, rid = self._clock(), state.request.request_id
+        now = self._clock()
         if state.lookup is not None:
             pending = state.lookup.state == LookupState.PENDING
             if now - state.asked_at < (_PENDING_S if pending else _READY_S):
                 return None if pending else state.lookup
-        self._extend(state)
-        assert state.chain is not None
-        lookup = self._safely(_MISS, self._cache.lookup, rid, state.chain)
+        lookup = self._safely(_MISS, self._ask, state)
         if lookup.state == LookupState.PENDING:
             if state.pending_since is None:
                 state.pending_since, state.promised_s = now, None
@@ -274,13 +281,25 @@ class Scheduler:
                 state.saves_s = self._saves_s(lookup, state.computed, usable)
                 state.promised_s = waited_s + lookup.eta_s if lookup.eta_s is not None else None
             if not worth_waiting(waited_s, saves_s=state.saves_s, eta_s=lookup.eta_s, promised_s=state.promised_s):
-                lookup = self._safely(_MISS, self._cache.wait, rid, 0.0, settle=True)
+                lookup = self._give_up(state)
                 self._count("lookups_given_up")
         state.lookup, state.asked_at = lookup, now
         if lookup.state == LookupState.PENDING:
             return None
         state.pending_since = None
         return lookup
+
+    def _ask(self, state: _State) -> Lookup:
+        chain = self._chain(state)
+        if chain is None:
+            return _UNNAMED if state.lora is None else _NOT_YET_NAMED
+        return self._cache.lookup(state.request.request_id, chain)
+
+    def _give_up(self, state: _State) -> Lookup:
+        """What has come by now."""
+        if state.chain is None:
+            return _UNNAMED
+        return self._safely(_MISS, self._cache.wait, state.request.request_id, 0.0, settle=True)
 
     def _saves_s(self, lookup: Lookup, computed: int, usable: int) -> float | None:
         """How long computing what is on its way would take; of all that could be while nobody knows yet."""
@@ -296,7 +315,7 @@ class Scheduler:
             and self._ready
             and state.wishes.load
             and not state.hopeless
-            and state.chain is not None
+            and (state.chain is not None or state.lora is not None)
             and not getattr(state.request, "skip_reading_prefix_cache", False)
         )
 
@@ -308,17 +327,20 @@ class Scheduler:
             wishes = read_wishes(request.kv_transfer_params)
             used = (self._loads and wishes.load) or (self._stores and wishes.store)
             used = used and not getattr(request, "resumable", False)  # tokens of such a session are taken back
-            chain = chain_of(request, self._chunk_tokens, wishes.tenant) if used else None
-            state = _State(request, wishes, chain, request.num_tokens)
-            self._states[request.request_id] = state
+            lora = self._lora_keys.ask(getattr(request, "lora_request", None)) if used else None
+            state = self._states[request.request_id] = _State(request, wishes, lora)
         return state
 
-    def _extend(self, state: _State) -> None:
-        """Take in what has been generated, where that makes a chunk full."""
+    def _chain(self, state: _State) -> Chain | None:
+        """With what has been generated, where that makes a chunk full; None if it cannot be had, or not yet."""
         now = state.request.num_tokens
-        if state.chain is not None and now // self._chunk_tokens > state.known // self._chunk_tokens:
+        if state.lora is not None and state.lora.done():
+            state.chain = chain_of(state.request, self._chunk_tokens, state.wishes.tenant, state.lora)
+            state.known, state.lora = now, None
+        elif state.chain is not None and now // self._chunk_tokens > state.known // self._chunk_tokens:
             state.chain.extend(list(state.request.all_token_ids[state.known : now]))
             state.known = now
+        return state.chain
 
     def _whole_blocks(self, tokens: int) -> int:
         return tokens // self._block_tokens * self._block_tokens
@@ -353,17 +375,18 @@ class Scheduler:
         """Chunks that are full when ``computed`` tokens are; also those that came from a cache, which asks before it
         copies: that way a daemon that has lost its pool is filled again.
         """
-        if not self._stores or not state.wishes.store or state.chain is None:
+        if not self._stores or not state.wishes.store:
             return
         # Tokens beyond these are not known yet.
         chunks = min(computed, state.request.num_tokens) // self._chunk_tokens
         if chunks <= state.stored:
             return
-        self._extend(state)
+        chain = self._chain(state)
+        if chain is None:
+            return
         blocks = state.blocks[: -(-chunks * self._chunk_tokens // self._block_tokens)]
         if len(blocks) * self._block_tokens < chunks * self._chunk_tokens:
             return
-        chain = state.chain
         digests = b"".join(chain.digests(chunks))
         rid = state.request.request_id
         step.stores.append(Store(rid, state.stored, digests, blocks, chain.tenant, chain.salted))
