@@ -71,7 +71,19 @@ def test_an_adapter_is_read_once_for_each_version_of_its_files(tmp_path: Path, m
     monkeypatch.setattr("lmcache_adapters.vllm.lora._digest", lambda path, files: reads.append(path) or len(reads))
     assert [keys.ask(one).result(10) for _ in range(3)] == [1, 1, 1]
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
-    assert [keys.ask(one).result(10) for _ in range(3)] == [2, 2, 2]
+    changed = LoRARequest("a again", 2, one.lora_path)
+    assert [keys.ask(changed).result(10) for _ in range(3)] == [2, 2, 2]
+    keys.close()
+
+
+def test_an_adapter_whose_files_have_changed_under_vllm_is_not_kept(tmp_path: Path) -> None:
+    """What vLLM computes with is in its memory, not in the files."""
+    one, keys = adapter(tmp_path / "a", b"1"), LoraKeys()
+    first = keys.ask(one).result(10)
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+    with pytest.raises(ConfigError, match="not those that vLLM's adapter 1 had at first; load them as another"):
+        keys.ask(one).result(10)
+    assert keys.ask(LoRARequest("a again", 2, one.lora_path)).result(10) != first
     keys.close()
 
 

@@ -12,7 +12,7 @@ from lmcache_sdk.errors import ConfigError
 from lmcache_sdk.spec import canonical_json
 from lmcache_sdk.workers import Worker
 
-_MOST = 256  # versions of adapters whose digests are kept
+_MOST = 4096  # adapters, and versions of their files, that are remembered
 
 # Of each file: path, inode, bytes, time of its last change.
 Files = tuple[tuple[str, int, int, int], ...]
@@ -28,17 +28,19 @@ class LoraKeys:
 
     def __init__(self) -> None:
         self._keys: dict[Files, Future[str | None]] = {}
+        self._given: dict[int, Files] = {}  # by vLLM's number of the adapter
         self._reader: Worker | None = None
 
     def ask(self, lora: Any) -> Future[str | None]:
         """The key of a request's ``lora_request``, which is None where it has no adapter.
 
-        The future fails with ConfigError (no directory, or no adapter in it) or OSError.
+        The future fails with OSError or ConfigError: no directory, no adapter in it, or not the one that it was.
         """
         if lora is None:
             return NO_ADAPTER
         try:
             files = _files(lora.lora_path)
+            self._refuse_changed(lora, files)
         except (OSError, ConfigError) as error:
             failed: Future[str | None] = Future()
             failed.set_exception(error)
@@ -46,16 +48,29 @@ class LoraKeys:
         key = self._keys.get(files)
         if key is None or (key.done() and key.exception() is not None):
             key = self._keys[files] = Future()
-            while len(self._keys) > _MOST:
-                del self._keys[next(iter(self._keys))]
+            _trim(self._keys)
             self._reader = self._reader or Worker("lora")
             self._reader.submit(partial(_read, lora.lora_path, files, key))
         return key
+
+    def _refuse_changed(self, lora: Any, files: Files) -> None:
+        """vLLM may have in its memory what they were before, or what they are now; it does not say."""
+        if self._given.setdefault(lora.lora_int_id, files) != files:
+            raise ConfigError(
+                f"the files of the LoRA adapter {lora.lora_path} are not those that vLLM's adapter {lora.lora_int_id} "
+                "had at first; load them as another adapter"
+            )
+        _trim(self._given)
 
     def close(self) -> None:
         """Nothing is waited for."""
         if self._reader is not None:
             self._reader.stop()
+
+
+def _trim(known: dict[Any, Any]) -> None:
+    while len(known) > _MOST:
+        del known[next(iter(known))]
 
 
 def _files(path: str) -> Files:
