@@ -300,9 +300,8 @@ class PretendEngine:
     def _after_forward(self, rank: Rank, meta: Any, output: Any) -> KVConnectorOutput:
         connector, report = rank.connector, KVConnectorOutput()
         connector.bind_connector_metadata(meta)
-        busy = {} if output.total_num_scheduled_tokens else None
         assert not output.has_sync_kv_loads
-        connector.start_load_kv(SimpleNamespace(attn_metadata=busy))
+        connector.start_load_kv(None)
         connector.wait_for_save()
         results = connector.get_transfer_results(output.finished_req_ids)
         report.finished_sending, report.finished_recving = results.finished_sending, results.finished_recving

@@ -189,7 +189,7 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker:
-            self._worker.start_loads(self._metadata(), idle=forward_context.attn_metadata is None)
+            self._worker.start_loads(self._metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads end before their request is computed: there is nothing to wait for."""

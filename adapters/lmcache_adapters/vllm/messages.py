@@ -49,11 +49,13 @@ class StepMeta(KVConnectorMetadata):
 
     Attributes:
         step: a number to be sent back; None = the scheduler does not measure this step.
+        idle: nothing is computed in this step.
         preempted: requests whose blocks may be overwritten in this step; None = any.
         held: requests that have finished, and whose blocks wait for their stores to end.
     """
 
     step: int | None = None
+    idle: bool = False
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
     preempted: set[str] | None = field(default_factory=set)

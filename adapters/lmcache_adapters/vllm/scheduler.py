@@ -155,6 +155,7 @@ class Scheduler:
         preempted = getattr(output, "preempted_req_ids", None)
         step.preempted = None if preempted is None else {rid for rid in preempted if self._is_storing(rid)}
         scheduled = output.num_scheduled_tokens
+        step.idle = not scheduled
         doubtful = getattr(output, "has_sync_kv_loads", False)
         spans: list[tuple[int, int]] = []
         for new in output.scheduled_new_reqs:

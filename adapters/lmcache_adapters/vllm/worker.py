@@ -68,19 +68,15 @@ class Worker:
                 while not transfer.wait(1.0):  # it ends by itself: it copies memory, and asks the cache with a deadline
                     pass
 
-    def start_loads(self, meta: StepMeta, *, idle: bool) -> None:
-        """Begin the step's loads.
-
-        Args:
-            idle: nothing is computed in this step.
-        """
+    def start_loads(self, meta: StepMeta) -> None:
+        """Begin the step's loads."""
         for load in meta.loads:
             transfer = None
             if self._connector is not None and load.ticket is not None:
                 # A step that is still being computed may read the blocks, for the request that had them.
                 transfer = self._connector.load(load.ticket, self._slots_of_load(load), after=self._now())
             self._loading[load.rid] = _Loading(load, transfer, time.perf_counter())
-        if idle and self._loading:
+        if meta.idle and self._loading:
             _wait_for_any([loading.transfer for loading in self._loading.values()])
 
     def start_stores(self, meta: StepMeta) -> None:
