@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import vllm.config as config
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1 import base, metrics
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -17,13 +21,17 @@ from vllm.v1.attention.backend import MLAAttentionImpl
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
-from vllm.v1.outputs import KVConnectorOutput
-from vllm.v1.request import Request
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker import kv_connector_model_runner_mixin
+from vllm.v1.worker.gpu import kv_connector as gpu_kv_connector
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from lmcache_adapters.vllm import LMCacheSDKConnector
+from lmcache_adapters.vllm.messages import StepMeta, StepReport
+from tests.vllm.pretend import PretendEngine
 
 # Of the base class: what vLLM calls. All that take part in a load or a store, with their parameters.
 CALLED = {
@@ -162,23 +170,208 @@ def test_metrics() -> None:
     assert {"reset", "aggregate", "reduce", "is_empty"} <= set(dir(metrics.KVConnectorStats))
 
 
-def test_the_order_of_a_step() -> None:
+def recorder(**answers: Any) -> Any:
+    """In the connector's place: keeps what it is asked, which must fit the connector's own methods."""
+    connector = create_autospec(LMCacheSDKConnector, instance=True)
+    connector.requires_kv_delivery = connector.supports_divergent_local_hybrid_hits = False
+    usual = {
+        "get_num_new_matched_tokens": (0, False),
+        "build_connector_meta": StepMeta(),
+        "request_finished_all_groups": (False, None),
+        "has_pending_block_frees": False,
+        "has_pending_push_work": False,
+        "get_kv_connector_stats": None,
+        "take_events": (),
+    }
+    for name, answer in {**usual, **answers}.items():
+        if hasattr(connector, name):
+            getattr(connector, name).return_value = answer
+    return connector
+
+
+def calls_of(connector: Any) -> list[str]:
+    """Since the last time; without those of which we take vLLM's own."""
+    names = [name for name, *_ in connector.mock_calls if name in CALLED or name in OTHER_CALLS]
+    connector.reset_mock()
+    return names
+
+
+OTHER_CALLS = ("get_transfer_results", "request_finished_all_groups")
+AFTER_FORWARD = [
+    "start_load_kv",
+    "wait_for_save",
+    "get_transfer_results",
+    "get_block_ids_with_load_errors",
+    "get_kv_connector_stats",
+    "build_connector_worker_meta",
+    "clear_connector_metadata",
+]
+STEP = SimpleNamespace(kv_connector_metadata=StepMeta(), has_sync_kv_loads=False, finished_req_ids={"r"})
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a worker has in the connector's place."""
+    connector = recorder(
+        get_transfer_results=base.KVConnectorTransferResults({"sent"}, {"received"}),
+        get_block_ids_with_load_errors={3},
+        build_connector_worker_meta=StepReport(step=7),
+    )
+    for module in (kv_connector_model_runner_mixin, gpu_kv_connector):
+        monkeypatch.setattr(module, "get_kv_transfer_group", lambda: connector)
+        monkeypatch.setattr(module, "get_forward_context", lambda: None)
+    monkeypatch.setattr(gpu_kv_connector, "is_forward_context_available", lambda: True)
+    return connector
+
+
+def told(output: Any) -> None:
+    """What the scheduler's half gets to hear."""
+    assert (output.finished_sending, output.finished_recving) == ({"sent"}, {"received"})
+    assert output.invalid_block_ids == {3}
+    assert output.kv_connector_worker_meta == StepReport(step=7)
+
+
+def test_the_order_of_a_step(worker: Any) -> None:
     """Loads that nobody waits for begin after the forward pass, stores after them, and reports come last."""
-    text = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
-    calls = [
-        "bind_connector_metadata(",
-        "yield output",
-        "start_load_kv(get_forward_context())",
-        "wait_for_save()",
-        "get_transfer_results(",
-        "get_block_ids_with_load_errors()",
-        "build_connector_worker_meta()",
-        "clear_connector_metadata()",
-    ]
-    places = [text.rfind(call) for call in calls]
+    with KVConnectorModelRunnerMixin._get_kv_connector_output(STEP) as output:
+        assert calls_of(worker) == ["bind_connector_metadata"]
+    assert calls_of(worker) == AFTER_FORWARD
+    told(output)
+    text = inspect.getsource(GPUModelRunner.execute_model)
+    assert -1 < text.find("handle_preemptions(") < text.find("maybe_get_kv_connector_output("), "blocks are overwritten"
+
+
+def test_the_order_of_a_step_of_the_newer_model_runner(worker: Any) -> None:
+    """It has not run here: it needs Triton."""
+    runner = gpu_kv_connector.ActiveKVConnector(None, {})
+    assert calls_of(worker) == ["register_kv_caches"]
+    runner.pre_forward(STEP)
+    assert calls_of(worker) == ["handle_preemptions", "bind_connector_metadata"]
+    runner.finish_forward()
+    told(runner.post_forward({"r"}))
+    assert calls_of(worker) == AFTER_FORWARD
+    told(runner.no_forward(STEP).kv_connector_output)
+    assert calls_of(worker) == ["handle_preemptions", "bind_connector_metadata", *AFTER_FORWARD]
+    text = Path(gpu_kv_connector.__file__).with_name("model_runner.py").read_text()
+    executes = text[text.index("    def execute_model(") :]
+    calls = ["kv_connector.no_forward(", "kv_connector.pre_forward(", "self.model(**", "kv_connector.post_forward("]
+    places = [executes.find(call) for call in calls]
     assert -1 not in places and places == sorted(places), dict(zip(calls, places, strict=True))
-    after = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
-    assert after.index("update_connector_output") < after.index("kv_connector_output.finished_recving")
+
+
+def test_what_has_finished_is_named_once_by_every_worker() -> None:
+    """Until then vLLM keeps the blocks of a load or a store; a report is put together from all."""
+    assert LMCacheSDKConnector.get_transfer_results is base.KVConnectorBase_V1.get_transfer_results
+    half = create_autospec(LMCacheSDKConnector, instance=True)
+    half.get_finished.return_value = (None, {"r"})
+    results = base.KVConnectorBase_V1.get_transfer_results(half, set())
+    assert results == base.KVConnectorTransferResults(set(), {"r"}, set())
+    aggregator, report = KVOutputAggregator(2), StepReport(stored={"s": 1})
+    both = [KVConnectorOutput(None, {"r"}, kv_connector_worker_meta=report), KVConnectorOutput({"s"}, None)]
+    first = aggregator.aggregate([_ran(output) for output in both]).kv_connector_output
+    assert not first.finished_sending and not first.finished_recving
+    assert first.kv_connector_worker_meta == report
+    both = [KVConnectorOutput({"s"}, None, kv_connector_worker_meta=report), KVConnectorOutput(None, {"r"}, None)]
+    both[1].kv_connector_worker_meta = report
+    second = aggregator.aggregate([_ran(output) for output in both]).kv_connector_output
+    assert (second.finished_sending, second.finished_recving) == ({"s"}, {"r"})
+    assert second.kv_connector_worker_meta == StepReport(stored={"s": 2})
+
+
+def _ran(output: KVConnectorOutput) -> ModelRunnerOutput:
+    return dataclasses.replace(EMPTY_MODEL_RUNNER_OUTPUT, kv_connector_output=output)
+
+
+IDS = list(range(10, 110))
+
+
+class Scheduled:
+    """vLLM's scheduler, a recorder in the connector's place, and workers of which a test says what has finished."""
+
+    def __init__(self, model: Path, blocks: int = 64, **answers: Any) -> None:
+        self.engine = PretendEngine(model, "unix:///no/daemon", blocks=blocks, on_error="degrade")
+        self.engine.close()
+        self.engine.scheduler.connector = self.connector = recorder(**answers)
+        self.sent, self.received = set[str](), set[str]()
+        self.engine.ranks[0].connector.get_finished = lambda _: (self.sent, self.received)
+
+    def step(self, meanwhile: Any = lambda: None) -> list[str]:
+        self.engine.step(meanwhile)
+        self.sent, self.received = set(), set()
+        return calls_of(self.connector)
+
+    def abort(self) -> list[str]:
+        calls_of(self.connector)
+        self.engine.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+        self.connector.request_finished_all_groups.assert_called_once()
+        request, blocks = self.connector.request_finished_all_groups.call_args.args
+        assert request.request_id == "r"
+        self.blocks = blocks[0]
+        return calls_of(self.connector)
+
+    @property
+    def known(self) -> bool:
+        """Whether vLLM keeps the request, and goes on stepping for it."""
+        known = "r" in self.engine.scheduler.requests
+        assert not known or self.engine.scheduler.has_requests(), "vLLM does not step until blocks are free"
+        return known
+
+
+ASKED = ["get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta"]
+HEARD = ["update_connector_output", "get_kv_connector_stats"]
+
+
+def test_an_abort_before_there_are_blocks(tiny_directory: Path) -> None:
+    run = Scheduled(tiny_directory, get_num_new_matched_tokens=(None, False))
+    run.engine.add("r", IDS)
+    for _ in range(2):  # asked again in each step, and no blocks are taken
+        assert run.step() == ["get_num_new_matched_tokens", "build_connector_meta", *HEARD]
+    assert run.abort() == ["request_finished_all_groups"]
+    assert list(run.blocks) == []
+    assert not run.known
+
+
+def test_an_abort_while_blocks_are_stored(tiny_directory: Path) -> None:
+    """Within a step: it is heard of before what that step's workers report."""
+    run = Scheduled(tiny_directory, request_finished_all_groups=(True, None))
+    run.engine.add("r", IDS, max_tokens=9)
+    aborted: list[str] = []
+    assert run.step(lambda: aborted.extend(run.abort())) == HEARD
+    assert aborted == ["request_finished_all_groups"]
+    assert len(run.blocks) == 4
+    assert run.known
+    run.engine.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    assert calls_of(run.connector) == [], "an abort is heard of once"
+    assert run.step() == ["build_connector_meta", *HEARD]
+    assert run.known
+    run.sent = {"r"}
+    assert run.step() == ["build_connector_meta", *HEARD]
+    assert not run.known
+
+
+def test_an_abort_while_a_load_is_under_way(tiny_directory: Path) -> None:
+    """vLLM itself keeps its blocks until it is received, whatever the connector says: so that is said once only."""
+    run = Scheduled(tiny_directory, get_num_new_matched_tokens=(64, True))
+    request = run.engine.add("r", IDS)
+    assert run.step() == [*ASKED, *HEARD]
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert run.abort() == ["request_finished_all_groups"]
+    assert len(run.blocks) >= 2
+    assert run.known
+    run.received = {"r"}
+    assert run.step() == ["build_connector_meta", *HEARD]
+    assert not run.known
+
+
+@pytest.mark.parametrize("pending", [True, False])
+def test_blocks_that_will_soon_be_free_are_waited_for(tiny_directory: Path, pending: bool) -> None:
+    """Rather than to preempt a request."""
+    run = Scheduled(tiny_directory, blocks=8, has_pending_block_frees=pending)
+    for name, ids in (("a", IDS[:91]), ("b", IDS[9:])):
+        run.engine.add(name, ids, max_tokens=60)
+    for _ in range(12):
+        run.step()
+    assert run.engine.preempted == (0 if pending else 1), "preemption does not ask has_pending_block_frees"
 
 
 def test_it_is_found_by_its_name_alone() -> None:
