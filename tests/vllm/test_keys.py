@@ -222,6 +222,7 @@ def test_memory_of_another_form_is_refused_with_its_shape(start: Any, monkeypatc
         ({"url": "unix://relative"}, "write unix:///path/of/socket with three slashes"),
         ({"url": "nothing://here"}, "unknown scheme 'nothing' .* may also be a daemon, unix:///path/of/socket"),
         ({"colour": "red"}, "unknown setting 'colour'"),
+        ({"share": "all"}, "share must be one of verified, any, own, got 'all'"),
         ({"heads_per_cell": 3, "ranks": 2}, "heads_per_cell"),
     ],
 )

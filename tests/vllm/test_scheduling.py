@@ -232,6 +232,29 @@ def _never(ticket: Any, slots: Any, **_: Any) -> Any:
     return CopyTransfer(range(ticket.first, ticket.boundary), 1)
 
 
+@pytest.mark.parametrize(("share", "found"), [("any", 256), ("verified", 0), ("own", 0)])
+def test_whose_kv_is_used(make: Make, served: Served, share: str, found: int) -> None:
+    """That of an engine which is another producer, and which nobody has compared with this one."""
+
+    def other(config: Any) -> None:
+        config.model_config.hf_overrides = {"of": "another engine"}
+
+    ids = prompt(300)
+    stranger = make(served.url, change=other)
+    stranger.run("cold", ids)
+    stranger.flush()
+    engine = make(served.url, share=share)
+    assert engine.run("theirs", ids) == found
+    engine.flush()
+    assert engine.run("its own", ids) == 256
+    if share != "any":  # a second text of both: the pair is compared, and agrees
+        until(lambda: [pair["state"] for pair in served.status()["stats"]["pairs"]] == ["open"])
+        again = prompt(300)
+        stranger.run("again", again)
+        stranger.flush()
+        assert engine.run("theirs, compared", again) == (256 if share == "verified" else 0)
+
+
 def test_salts_are_apart(make: Make) -> None:
     engine = make()
     ids = prompt(200)
