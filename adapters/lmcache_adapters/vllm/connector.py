@@ -22,7 +22,7 @@ from lmcache_adapters.vllm.worker import Worker
 from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.errors import LMCacheSDKError
 from lmcache_sdk.observe.logs import ROOT, log_to_stderr, logger
-from lmcache_sdk.spec import Namespace, Producer
+from lmcache_sdk.spec import Namespace, Producer, Share
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -80,6 +80,15 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
                 # A worker that cannot load costs the first request nothing, then; or the engine does not start.
                 unheard=self._refuse or transfer.kv_load_failure_policy == "recompute",
             )
+            chunk_tokens = self._namespace.spec.chunk_tokens
+            if self._settings.config.share != Share.OWN and self._block_tokens % chunk_tokens:
+                _log.info(
+                    "a block of %d tokens is no multiple of a chunk, %d: once this engine has loaded another one's KV, "
+                    "what it stores is of no use to others; with --block-size %d it is",
+                    self._block_tokens,
+                    chunk_tokens,
+                    chunk_tokens,
+                )
             _log.info("namespace %s, producer %s, %s", self._namespace.id, self._producer.name, self._settings.url)
 
     def _guard(self, begin: Callable[[], None]) -> None:
