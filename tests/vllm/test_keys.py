@@ -238,6 +238,21 @@ def test_on_error_refuses_or_degrades(
     engine.settle()
 
 
+def test_trouble_that_nobody_has_thought_of_does_not_end_vllm(
+    start: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("rope_parameters")
+
+    monkeypatch.setattr("lmcache_adapters.vllm.connector.namespace_and_producer", broken)
+    with pytest.raises(KeyError):
+        start()
+    engine = start(on_error="degrade")
+    said = capfd.readouterr().err
+    assert "vLLM serves WITHOUT the cache: KeyError: 'rope_parameters'" in said and "Traceback" in said
+    assert engine.run("a", IDS) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({}, True), ({"share": "own"}, False), ({"block_tokens": 64}, False), ({"chunk_tokens": 16}, False)],

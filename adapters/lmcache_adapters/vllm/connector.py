@@ -97,9 +97,13 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
             begin()
         except Exception as error:
             self._trouble = f"{type(error).__name__}: {error}"
-            if self._refuse or not isinstance(error, LMCacheSDKError | OSError):
+            if self._refuse:
                 raise
-            _log.error("vLLM serves WITHOUT the cache: %s (on_error=refuse would have ended it here)", self._trouble)
+            _log.error(
+                "vLLM serves WITHOUT the cache: %s (on_error=refuse would have ended it here)",
+                self._trouble,
+                exc_info=not isinstance(error, LMCacheSDKError | OSError),  # nobody has thought of it
+            )
 
     @property
     def _block_tokens(self) -> int:
