@@ -62,7 +62,7 @@ CALLED = {
 }
 FIELDS = {
     config.VllmConfig: "model_config cache_config parallel_config scheduler_config speculative_config load_config "
-    "kv_transfer_config compilation_config attention_config",
+    "kv_transfer_config compilation_config attention_config weight_transfer_config",
     config.CacheConfig: "block_size cache_dtype enable_prefix_caching",
     config.ParallelConfig: "pipeline_parallel_size tensor_parallel_size decode_context_parallel_size "
     "prefill_context_parallel_size nnodes worker_extension_cls",

@@ -190,6 +190,7 @@ def _set(path: str, value: Any) -> Any:
         ("parallel_config.decode_context_parallel_size", 2, "decode_context_parallel_size=2"),
         ("parallel_config.nnodes", 2, "several nodes"),
         ("speculative_config", SimpleNamespace(), "speculative decoding is not served"),
+        ("weight_transfer_config", SimpleNamespace(), "weights that are replaced while vLLM runs are not served"),
         ("cache_config.enable_prefix_caching", False, "vLLM's prefix caching is off"),
         ("cache_config.cache_dtype", "fp8", "KV of dtype 'fp8'"),
         ("load_config.load_format", "dummy", "random weights have no identity"),

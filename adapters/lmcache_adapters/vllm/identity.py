@@ -32,6 +32,11 @@ def refuse_unserved_engine(vllm_config: Any, kv_cache_config: Any) -> None:
             raise UnsupportedError(f"{meaning} is not served ({name}={getattr(parallel, name)}); use 1")
     if getattr(vllm_config, "speculative_config", None) is not None:
         raise UnsupportedError("speculative decoding is not served; leave out speculative_config")
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise UnsupportedError(
+            "weights that are replaced while vLLM runs are not served; leave out weight_transfer_config: "
+            "what is computed with the new ones would be kept under the old ones"
+        )
     if not cache.enable_prefix_caching:
         # It does so for models that it cannot compute behind a prefix; loaded ones would then give wrong replies.
         raise UnsupportedError(
