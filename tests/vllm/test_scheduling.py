@@ -281,6 +281,28 @@ def test_what_a_request_may_ask_for(make: Make) -> None:
     assert engine.run("odd", ids, params={"pin": "for ever", "no_store": "yes", "tenant": 7}) == 192
 
 
+def test_chunks_count_against_their_tenant(make: Make, served: Served) -> None:
+    engine = make(served.url)
+    engine.run("a", prompt(300), params={"tenant": "t"})
+    engine.run("b", prompt(200))
+    engine.flush()
+    tenants = served.status()["tenants"]
+    assert tenants["t"] * 3 == tenants[""] * 4 > 0
+
+
+def test_pinned_chunks_outlast_others(make: Make, served: Served) -> None:
+    engine = make(served.url)
+    pinned, plain = prompt(300), prompt(300)
+    engine.run("pinned", pinned, params={"pin": 60})
+    engine.run("plain", plain)
+    engine.flush()
+    for number in range(16):
+        engine.run(f"flood{number}", prompt(400))
+        engine.flush()
+    assert engine.run("plain again", plain, params={"no_store": True}) == 0
+    assert engine.run("pinned again", pinned) == 256
+
+
 def test_roles(make: Make) -> None:
     ids = prompt(200)
     producer, consumer = make(role="kv_producer"), make(role="kv_consumer")
