@@ -117,6 +117,14 @@ def test_what_cannot_be_named_is_not_kept(changes: dict[str, Any]) -> None:
     assert chain(**changes) is None
 
 
+def test_why_an_adapters_requests_are_not_kept_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        assert chain(lora_request=LoRARequest("x", 1, str(tmp_path))) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"requests are served without the cache: ConfigError: {tmp_path} is not a directory with a LoRA adapter"
+    ]
+
+
 def test_wishes() -> None:
     assert read_wishes(None) == read_wishes({"do_remote_decode": True}) == Wishes()
     assert read_wishes({"no_load": True, "pin": 5, "tenant": "t"}) == Wishes(load=False, pin_s=5.0, tenant="t")

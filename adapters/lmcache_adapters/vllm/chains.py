@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Any
 
 from lmcache_adapters.vllm.lora import NO_ADAPTER
@@ -30,8 +31,14 @@ def chain_of(request: Any, chunk_tokens: int, tenant: str = "", lora: Future[str
             overlays=[_overlay(feature) for feature in request.mm_features or ()],
         )
     except Exception as error:  # noqa: BLE001 - this is vLLM's scheduler, where nothing may raise
-        _log.warning("a request is served without the cache: %s", error)
+        _warn_once(f"{type(error).__name__}: {error}")
         return None
+
+
+@lru_cache(maxsize=256)
+def _warn_once(reason: str) -> None:
+    """All requests of an adapter have the same."""
+    _log.warning("requests are served without the cache: %s", reason)
 
 
 def _overlay(feature: Any) -> Overlay:
