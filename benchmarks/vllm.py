@@ -37,7 +37,7 @@ MISS_TOKENS = 512
 NEW_TOKENS = 16
 PAIRS = 24
 ROUNDS = 3  # starts of the engines whose misses are measured
-MISSES = 20  # turns after each start, with the daemon and without
+MISSES = 40  # turns after each start, with the daemon and without
 BLOCK = 64
 POOL = "2GiB"
 
