@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,9 @@ def test_replaced_weights_end_the_cache(
     ranks.append(rank)
     keys, _ = stored(rank, 8)
     monkeypatch.setattr(weights, "_replaced", type(weights._replaced)())
-    weights.note_update()
+    weights.note_check(None, SimpleNamespace(action="checksum"))
+    assert not weights.replaced()
+    weights.note_check(None, SimpleNamespace(action="reset_tensors"))
+    assert weights.replaced()
     all_miss(rank, keys)
     assert rank.set(keys, PAGES) == [False] * 4

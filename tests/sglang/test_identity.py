@@ -12,7 +12,7 @@ import torch
 
 from lmcache_adapters.settings import on_error
 from lmcache_adapters.sglang.identity import EngineFacts, namespace_and_producer, refuse_unserved_engine
-from lmcache_adapters.sglang.settings import read_settings
+from lmcache_adapters.sglang.settings import read_linker_settings, read_settings
 from lmcache_sdk.errors import ConfigError, LayoutError, LMCacheSDKError, UnsupportedError
 from lmcache_sdk.spec import CellGrid
 from tests.core.served import Served
@@ -71,6 +71,11 @@ class Changed:
     ("whose", "name", "value", "message"),
     [
         ("server", "load_format", "dummy", "random weights have no identity"),
+        ("server", "load_format", "remote_instance", "need not be those of the model's directory"),
+        ("server", "kt_weight_path", "/experts", r"weights of their own is not served \(kt_weight_path=/experts\)"),
+        ("server", "forward_hooks", [{"name": "x"}], "that hooks change"),
+        ("server", "dllm_algorithm", "LowConfidence", "a diffusion model"),
+        ("server", "lora_paths", ["one"], "POST /load_lora_adapter"),
         ("server", "pp_size", 2, "pipeline parallelism is not served"),
         ("server", "attn_cp_size", 2, r"sharded by tokens is not served \(attn_cp_size=2\)"),
         ("server", "dcp_size", 2, "sharded by tokens"),
@@ -180,5 +185,8 @@ def test_settings() -> None:
     assert on_error({}) == "degrade"
     with pytest.raises(LMCacheSDKError, match="degrade or refuse, got 'panic'"):
         on_error({"on_error": "panic"})
+    for share in ("verified", "any", "own"):
+        assert read_settings({"share": share}, 64).config.share == share
+        assert read_linker_settings({"share": share}, 64).config.share == share
     settings = read_settings({"backend_name": "x", "interface_v1": 1, "heads_per_cell": 1}, 64)
     assert settings.zero_copy and settings.grid.heads_per_cell == 1 and settings.url.startswith("unix://")

@@ -21,6 +21,8 @@ _log = logger("sglang")
 # Their rotation depends on the longest context that the engine was started for.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _KV_DTYPES = ("bfloat16", "float16", "float32")
+# Those that read the files of the model's directory which its fingerprint reads.
+_LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "layered", "mistral", "bitsandbytes")
 
 
 def digests_of(keys: list[str]) -> list[bytes]:
@@ -85,6 +87,24 @@ def refuse_unserved_engine(facts: EngineFacts) -> None:
         )
     if server.load_format == "dummy":
         raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
+    if server.load_format not in _LOAD_FORMATS:
+        raise UnsupportedError(
+            f"load_format={server.load_format}: its weights need not be those of the model's directory, which KV is "
+            f"kept under; served are {', '.join(_LOAD_FORMATS)}"
+        )
+    for name, meaning in (
+        ("kt_weight_path", "experts with weights of their own"),
+        ("modelopt_checkpoint_restore_path", "a model with weights from elsewhere"),
+        ("forward_hooks", "a model that hooks change"),
+        ("dllm_algorithm", "a diffusion model, whose KV is not that of the tokens before it alone"),
+    ):
+        if getattr(server, name, None):
+            raise UnsupportedError(f"{meaning} is not served ({name}={getattr(server, name)})")
+    if getattr(server, "lora_paths", None) and server.enable_lora is not False:
+        raise UnsupportedError(
+            "LoRA adapters by --lora-paths are not served: SGLang's keys name them by name and path, not by content, "
+            "and would find another adapter's KV; load them by POST /load_lora_adapter"
+        )
     if getattr(model, "is_multimodal", False):
         raise UnsupportedError(
             f"{model.hf_config.model_type} takes images or audio; served are models of text only: in SGLang's page "

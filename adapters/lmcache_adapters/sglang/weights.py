@@ -33,6 +33,7 @@ def watch() -> None:
 
     for name in UPDATES:
         HookRegistry.register(f"{_OWNER}.{name}", note_update, HookType.BEFORE)
+    HookRegistry.register(f"{_OWNER}.check_weights", note_check, HookType.BEFORE)
     _watched.set()
 
 
@@ -51,3 +52,9 @@ def note_update(*_: Any, **__: Any) -> None:
     if not _replaced.is_set():
         _log.warning("weights are being replaced: SGLang serves WITHOUT the cache until it is started again")
     _replaced.set()
+
+
+def note_check(_: Any, request: Any) -> None:
+    """The weights are about to be looked at; one way to do that overwrites them."""
+    if getattr(request, "action", None) == "reset_tensors":
+        note_update()
