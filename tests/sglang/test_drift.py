@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from sglang.srt import plugins
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache import hicache_storage
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, HiCacheStorageExtraInfo
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hicache_storage import (
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    PoolName,
+    PoolTransfer,
+    PoolTransferResult,
+)
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
-from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
-from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.base import HostKVCache
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+from sglang.srt.mem_cache.unified_cache import unified_cache_linker
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.weight_checker import WeightChecker
 
-from lmcache_adapters.sglang import weights
+from lmcache_adapters.sglang import device, hicache, host, identity, linker, weights
 from lmcache_adapters.sglang.hicache import HiCacheBackend
+from lmcache_adapters.sglang.linker import Linker
+from lmcache_adapters.sglang.loads import LayerLoads
+from tests.sglang.pools import Rank
 
 CALLED = {
     "register_mem_pool_host": ["mem_pool_host"],
@@ -40,12 +63,50 @@ CALLED = {
     "clear": [],
     "get_stats": [],
 }
+# Read of SGLang's objects. Some are asked for with ``getattr`` and a default: gone they would be missed by nobody else.
 SERVER = (
     "model_path revision download_dir load_format device page_size tp_size pp_size nnodes attn_cp_size attn_dp_size "
     "dcp_size enable_dp_attention speculative_algorithm attention_backend prefill_attention_backend "
-    "decode_attention_backend json_model_override_args context_length"
+    "decode_attention_backend json_model_override_args context_length disaggregation_mode kt_weight_path "
+    "modelopt_checkpoint_restore_path forward_hooks dllm_algorithm lora_paths enable_lora"
 )
-POOL = "layout page_size layer_num dtype kv_buffer _transfer_device"
+MODEL = "model_path hf_config hf_text_config dtype quantization context_len is_multimodal is_hybrid_swa"
+CONFIG = "extra_config tp_size tp_rank"
+PARAMS = (
+    "token_to_kv_pool_allocator page_size tp_cache_group attn_tp_cache_group mtp_draft_device_pools "
+    "sidecar_draft_device_pools"
+)
+HOST = (
+    "layout page_size page_num layer_num dtype kv_buffer _transfer_device get_data_page set_from_flat_data_page "
+    "backup_from_device_all_layer"
+)
+DEVICE = "layer_num start_layer dtype device set_kv_buffer kv_cache_layout"
+KV = {
+    "host": "device_k_buffers device_v_buffers",
+    "latent host": "device_kv_buffers",
+    "device": "k_buffer v_buffer",
+    "latent device": "kv_buffer",
+}
+# By which names the adapter has them, and what is listed of each.
+READ: list[tuple[ModuleType, str, str]] = [
+    (identity, "server", SERVER),
+    (identity, "model", MODEL),
+    (linker, "facts.server", SERVER),
+    (linker, "params", PARAMS),
+    (linker, "pages", "keys device_indices"),
+    (linker, "pool", DEVICE),
+    (device, "pool", f"{DEVICE} {KV['device']} {KV['latent device']}"),
+    (device, "self._pool", DEVICE),
+    (hicache, "storage_config", CONFIG),
+    (hicache, "config", CONFIG),
+    (hicache, "self._config", CONFIG),
+    (hicache, "pool", HOST),
+    (hicache, "self.mem_pool_host", HOST),
+    (hicache, "extra_info", "prefix_keys"),
+    (hicache, "transfer", "name keys wait failed_chunks"),  # the last two are those of our own
+    (host, "pool", HOST),
+    (host, "self._pool", f"{HOST} {KV['host']} {KV['latent host']}"),
+]
 
 
 def parameters(function: Any) -> list[str]:
@@ -65,24 +126,82 @@ def test_nothing_is_abstract_or_new() -> None:
     assert hicache_storage.STORAGE_BATCH_SIZE <= 128
 
 
-def test_fields() -> None:
-    config = {field.name for field in dataclasses.fields(HiCacheStorageConfig)}
-    assert {"tp_rank", "tp_size", "extra_config", "is_mla_model"} <= config
-    assert "prefix_keys" in {field.name for field in dataclasses.fields(HiCacheStorageExtraInfo)}
-    server = set(dir(ServerArgs(model_path="dummy")))
-    missing = [name for name in SERVER.split() if name not in server]
-    assert not missing, f"ServerArgs has lost {missing}"
+def of_fields(owner: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(owner)}
 
 
-@pytest.mark.parametrize("kind", [MHATokenToKVPoolHost, MLATokenToKVPoolHost], ids=lambda kind: kind.__name__)
-def test_host_pools(kind: Any) -> None:
-    """What is read of them is in their source: they cannot be made without memory."""
-    source = "".join(inspect.getsource(base) for base in kind.__mro__ if base is not object)
-    device = "device_k_buffers device_v_buffers" if kind is MHATokenToKVPoolHost else "device_kv_buffers"
-    missing = [name for name in f"{POOL} {device}".split() if f"self.{name} " not in source and name not in source]
-    assert not missing, f"{kind.__name__} has lost {missing}"
-    for name, wanted in (("get_data_page", ["index", "flat"]), ("set_from_flat_data_page", ["index", "data_page"])):
-        assert parameters(getattr(kind, name)) == wanted
+@pytest.mark.parametrize(("module", "name", "listed"), READ, ids=lambda value: getattr(value, "__name__", value)[:40])
+def test_nothing_is_read_that_is_not_listed(module: ModuleType, name: str, listed: str) -> None:
+    """So that the lists are whole, which the tests below hold against SGLang."""
+    used = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name:
+            used.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == name:
+            used |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+    assert used, f"{name} is not read any more"
+    assert not used - set(listed.split())
+
+
+def test_fields(tiny_directory: Path) -> None:
+    def missing(there: set[str], names: str) -> set[str]:
+        return set(names.split()) - there
+
+    assert not missing(of_fields(HiCacheStorageConfig), f"{CONFIG} is_mla_model")
+    assert not missing(of_fields(HiCacheStorageExtraInfo), "prefix_keys")
+    assert not missing(of_fields(PoolTransfer), "name keys device_indices")
+    assert not missing(of_fields(CacheInitParams), PARAMS)
+    server = ServerArgs(model_path=str(tiny_directory), device="cpu")
+    assert not missing(set(dir(server)), SERVER)
+    assert not missing(set(dir(ModelConfig.from_server_args(server))), MODEL)
+    assert PoolTransferResult.empty().kv_hit_pages == 0
+    assert (PoolName.KV, str(PoolName.KV), ComponentType.FULL.name) == ("kv", "kv", "FULL")
+    assert hasattr(PagedTokenToKVPoolAllocator, "get_kvcache")
+    assert "self.mem_pool_host = mem_pool_host" in inspect.getsource(HiCacheStorage.register_mem_pool_host)
+
+
+@pytest.mark.parametrize("latent", [False, True], ids=["heads", "latent"])
+def test_pools(latent: bool, tiny_directory: Path, latent_directory: Path, tmp_path: Path, ranks: list[Rank]) -> None:
+    ranks.append(rank := Rank(latent_directory if latent else tiny_directory, f"unix://{tmp_path}/none", latent=latent))
+    kind = "latent " if latent else ""
+    for pool, names in ((rank.host, f"{HOST} {KV[kind + 'host']}"), (rank.device, f"{DEVICE} {KV[kind + 'device']}")):
+        missing = [name for name in names.split() if not hasattr(pool, name)]
+        # Latent memory has one layout, and no word for it.
+        assert missing == (["kv_cache_layout"] if latent and pool is rank.device else []), type(pool).__name__
+    assert parameters(rank.host.get_data_page) == ["index", "flat"]
+    assert parameters(rank.host.set_from_flat_data_page) == ["index", "data_page"]
+    wanted = ["device_pool", "host_indices", "device_indices", "io_backend"]
+    assert parameters(HostKVCache.backup_from_device_all_layer) == wanted  # the pool's own is a stand-in here
+    write = parameters(rank.device.set_kv_buffer)
+    assert write[:4] == ["layer", "loc_info", "cache_k", "cache_v"] and "layer_id_override" in write
+    wait = "self.layer_transfer_counter.wait_until(layer_id - self.start_layer)"
+    assert wait in inspect.getsource(rank.device.get_key_buffer)
+
+
+def test_how_the_linker_is_made_and_used() -> None:
+    """What SGLang reads of a linker, and of the counter that it has from it."""
+    made = inspect.getsource(create_unified_cache_linker)
+    assert set(parameters(Linker)) >= {"server_args", "params", "components", "extra_config", "forward_stream"}
+    assert not [name for name in ("components=", "extra_config=", "forward_stream=") if name not in made]
+    source = inspect.getsource(unified_cache_linker.UnifiedCacheLinkerWrapper)
+    attributes = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cache_linker", "self.cache_linker")
+    }
+    assert attributes - set(dir(Linker)) == {"pools", "layer_done_counter"}  # which are made at its start
+    theirs = {"num_layers", "consumer_index", *vars(unified_cache_linker.LayerWiseLoadCounter)}
+    ours = set(dir(LayerLoads(4, 1.0)))
+    assert {"num_layers", "consumer_index", "set_consumer", "wait_until"} <= theirs & ours
+
+
+def test_adapters_have_ids_of_their_own() -> None:
+    """Of a LoRA adapter SGLang's page keys have its id: another one each time that it is loaded, but for those of
+    ``--lora-paths``, which are refused.
+    """
+    assert LoRARef(lora_name="a", lora_path="p").lora_id != LoRARef(lora_name="a", lora_path="p").lora_id
+    assert LoRARef.deterministic_id("a", "p") == LoRARef.deterministic_id("a", "p")
+    assert ") + lora_id" in inspect.getsource(Req.__init__)
 
 
 def test_how_pages_are_asked_for() -> None:
@@ -94,6 +213,7 @@ def test_how_pages_are_asked_for() -> None:
     parse = inspect.getsource(HybridCacheController.parse_storage_backend_extra_config)
     for name in ("prefetch_threshold", "hicache_storage_pass_prefix_keys"):
         assert f'"{name}"' in parse
+    assert "self.storage_backend.close()" in inspect.getsource(HiCacheController)
 
 
 def test_all_ways_to_replace_weights_are_watched() -> None:
@@ -106,7 +226,10 @@ def test_all_ways_to_replace_weights_are_watched() -> None:
         "record_weight_version_after_update",
     }
     assert public - known == set(weights.UPDATES)
+    assert parameters(SchedulerWeightUpdaterManager.check_weights) == ["recv_req"]
+    assert 'action == "reset_tensors"' in inspect.getsource(WeightChecker)
     assert parameters(HookRegistry.register)[:3] == ["target", "hook", "hook_type"]
     assert HookType.BEFORE
     module, _, name = weights._OWNER.rpartition(".")
     assert getattr(importlib.import_module(module), name) is SchedulerWeightUpdaterManager
+    assert "lmcache_sdk" in metadata.entry_points(group=plugins.GENERAL_PLUGINS_GROUP).names

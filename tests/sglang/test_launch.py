@@ -28,7 +28,7 @@ def test_sglang_takes_them() -> None:
     assert loaded is HiCacheBackend
     settings = read_settings(extra, 64)
     assert settings.url == "unix:///run/kv.sock" and settings.zero_copy
-    assert "write_back" in done.stderr and "128 tokens" in done.stderr
+    assert "write_back" in done.stderr and "128 tokens" in done.stderr and "--hicache-ratio" in done.stderr
     assert "has not been tried" not in done.stderr
 
 

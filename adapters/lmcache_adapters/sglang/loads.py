@@ -27,6 +27,9 @@ class LayerLoads:
     Args:
         layers: of the model.
         timeout_s: for all layers of a batch together. Copies of memory that is there take milliseconds.
+
+    Attributes:
+        num_layers, consumer_index: as SGLang reads them.
     """
 
     def __init__(self, layers: int, timeout_s: float) -> None:
@@ -34,7 +37,7 @@ class LayerLoads:
         self._timeout_s = timeout_s
         self._batches: dict[int, _Batch] = {}
         self._started = 0
-        self._consumer = -1
+        self.consumer_index = -1
 
     def start(self, transfers: Sequence[CopyTransfer]) -> int:
         """The number of a batch with these loads."""
@@ -45,11 +48,11 @@ class LayerLoads:
 
     def set_consumer(self, index: int) -> None:
         """Of the forward pass that comes next: its batch, or -1."""
-        self._consumer = index
+        self.consumer_index = index
 
     def wait_until(self, threshold: int) -> None:
         """Block until a layer of that batch is in place, or too late; :meth:`finish` tells which."""
-        batch = self._batches.get(self._consumer)
+        batch = self._batches.get(self.consumer_index)
         if batch is not None:
             _wait(batch, threshold)
 
@@ -70,7 +73,7 @@ class LayerLoads:
         """Return when nothing of any batch is written any more."""
         for index in list(self._batches):
             _end(self._batches.pop(index))
-        self._consumer = -1
+        self.consumer_index = -1
 
 
 def _wait(batch: _Batch, layer: int) -> bool:
