@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import signal
 import threading
 import time
@@ -13,15 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sglang
 import torch
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.hicache_storage import PoolTransfer
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from lmcache_adapters.sglang import interface, weights
 from lmcache_adapters.sglang.linker import Linker
-from lmcache_sdk import connector
+from lmcache_sdk import connector, lineage
 from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.errors import ConfigError, LayoutError, LMCacheSDKError, UnsupportedError
 from lmcache_sdk.keys import Chain
@@ -122,6 +118,30 @@ def test_the_hierarchical_cache_and_the_linker_share(
     tree.settle()
     assert rank.get(keys_of(ours), [7, 8, 9]) == [True] * 3
     assert torch.equal(rank.content([7, 8, 9]), computed)
+
+
+def test_whose_kv_is_used(
+    tiny_directory: Path,
+    shared_daemon: Served,
+    trees: list[Tree],
+    ranks: list[Rank],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by the other way in."""
+    monkeypatch.setattr(lineage, "_kept", {})  # what is loaded here is no other test's
+    with monkeypatch.context() as earlier:
+        earlier.setattr(sglang, "__version__", "0.5.22")
+        ranks.append(writer := Rank(tiny_directory, shared_daemon.url))
+    ids = prompt(19, 3)
+    stored = writer.fill([1, 2, 3], seed=1)
+    assert writer.set(keys_of(ids), [1, 2, 3], before=[]) == [True] * 3
+    for share, pages in (("own", 0), ("verified", 0), ("any", 3)):
+        trees.append(tree := Tree(tiny_directory, shared_daemon.url, extra={**PATIENT, "share": share}))
+        request, result = tree.match(ids)
+        assert result.host_hit_length == pages * PAGE
+    slots = tree.load(request)
+    assert slots is not None and tree.forward([request]) == []
+    assert torch.equal(tree.content(slots), stored)
 
 
 def test_a_tail_behind_what_the_device_has(tree: Tree) -> None:
@@ -477,6 +497,7 @@ def test_a_load_does_not_wait_for_a_store(tree: Tree) -> None:
         ({"before": lambda pool: setattr(pool, "dtype", torch.float8_e4m3fn)}, "KV of dtype 'float8_e4m3fn'"),
         ({"extra": {"chunk_tokens": 16}}, "start it with --page-size 16"),
         ({"extra": {"lookup_timeout_s": 0}}, "lookup_timeout_s is a number of seconds up to 2, got 0"),
+        ({"extra": {"share": "all"}}, "share must be one of verified, any, own, got 'all'"),
         ({"extra": {"lookup": 1}}, "unknown setting 'lookup' in linker_extra_config"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:20],
@@ -576,26 +597,6 @@ def test_a_store_of_its_own(tiny_directory: Path, tmp_path: Path, trees: list[Tr
 
 def test_the_interface_is_the_one_that_is_served() -> None:
     assert interface.linker_base() is Linker.__mro__[1]
-
-
-PARAMS = "token_to_kv_pool_allocator page_size tp_cache_group attn_tp_cache_group"
-DRAFTS = "mtp_draft_device_pools sidecar_draft_device_pools"
-
-
-@pytest.mark.parametrize(
-    ("owner", "wanted"), [(PoolTransfer, "keys device_indices"), (CacheInitParams, f"{PARAMS} {DRAFTS}")]
-)
-def test_fields(owner: Any, wanted: str) -> None:
-    missing = set(wanted.split()) - {field.name for field in dataclasses.fields(owner)}
-    assert not missing, f"{owner.__name__} has lost {missing}"
-
-
-@pytest.mark.parametrize("kind", [MHATokenToKVPool, MLATokenToKVPool])
-def test_memory(kind: Any) -> None:
-    parameters = list(inspect.signature(kind.set_kv_buffer).parameters)
-    assert parameters[1:5] == ["layer", "loc_info", "cache_k", "cache_v"] and "layer_id_override" in parameters
-    source = inspect.getsource(kind.get_key_buffer)
-    assert "self.layer_transfer_counter.wait_until(layer_id - self.start_layer)" in source
 
 
 @pytest.mark.parametrize(
