@@ -142,12 +142,10 @@ class EngineTests:
         ids = self.prompt(300)
         cold = self.run(engine, ids)
         self.only_cache(engine)
-        namespace = msgspec.convert(engine.hello["identity"][0], Namespace)
-        producer = msgspec.convert(engine.hello["identity"][1], Producer)
-        cache = open_cache(daemon.url, namespace=namespace, producer=producer)
-        assert isinstance(cache, DaemonCache)
+        cache = cache_of(engine, daemon.url)
+        width = cache.namespace.spec.chunk_tokens
         try:
-            assert _negate(cache, Chain(ids, namespace.spec.chunk_tokens)) == 300 // namespace.spec.chunk_tokens
+            assert negate(cache, Chain(ids, width)) == 300 // width
             wrong = self.run(engine, ids, store=False)
             assert wrong["cached_tokens"] == self.hit(engine, 300, 300)
             assert wrong["top"] != cold["top"]
@@ -155,7 +153,7 @@ class EngineTests:
                 assert engine.call("forget", 60)["forgotten"]
             self.same(self.run(engine, ids, load=False, store=False), cold)
         finally:
-            cache.delete(Chain(ids, namespace.spec.chunk_tokens))
+            cache.delete(Chain(ids, width))
             cache.close()
         if self.has_own_cache:
             assert engine.call("forget", 60)["forgotten"]
@@ -318,17 +316,30 @@ class EngineTests:
         self.same(self.run(engine, other), cold)
 
 
-def _negate(cache: DaemonCache, chain: Chain) -> int:
-    """Turn the sign of all that the pool has of a chain, where it lies; the answer is how many chunks."""
+def cache_of(engine: EngineHarness, url: str) -> DaemonCache:
+    """A client of a daemon that sees what an engine sees, which says its ``identity``."""
+    namespace, producer = engine.hello["identity"]
+    cache = open_cache(
+        url, namespace=msgspec.convert(namespace, Namespace), producer=msgspec.convert(producer, Producer)
+    )
+    assert isinstance(cache, DaemonCache)
+    return cache
+
+
+def negate(cache: DaemonCache, chain: Chain, heads: range | None = None) -> int:
+    """Turn the sign of what the pool has of a chain, where it lies: of all cells, or of those that begin with one of
+    these heads. The answer is how many chunks.
+    """
     cache.lookup("negate", chain)
     ticket = cache.claim("negate", cache.wait("negate", 10).chunks)
     assert ticket is not None and cache.take(ticket)
     spec, segments = cache.namespace.spec, cache.segments(ticket.boot)
     width = {"bfloat16": 2, "float16": 2, "float32": 4}[spec.groups[0].dtype]
     for chunk in ticket.places():
-        for (segment, offset), cell in zip(chunk.tolist(), ticket.cells, strict=True):
-            nbytes = spec.cells[cell].nbytes
-            segments[segment][offset + width - 1 : offset + nbytes : width] ^= np.uint8(0x80)
+        for (segment, offset), number in zip(chunk.tolist(), ticket.cells, strict=True):
+            cell = spec.cells[number]
+            if heads is None or cell.heads[0] in heads:
+                segments[segment][offset + width - 1 : offset + cell.nbytes : width] ^= np.uint8(0x80)
     cache.release(ticket)
     cache.forget("negate")
     return ticket.boundary

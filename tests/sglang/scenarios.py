@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_sdk.keys import Chain
+from lmcache_sdk.testing.engines import cache_of, negate
 from lmcache_sdk.testing.harness import EngineHarness
 from tests.core.served import Served
 from tests.daemon.daemon_process import until
+from tests.vllm.tiny import KV_HEADS
 
 MOST_ADDED_S = 2.0
-HIT = 256  # of a prompt's 300 tokens, in pages of 64
+PAGE = 64
+HIT = 256  # of a prompt's 300 tokens
 
 
 def prompt(number: int, tokens: int = 300) -> list[int]:
@@ -45,6 +49,30 @@ def restored(harness: EngineHarness, ids: list[int], source: str) -> None:
     assert (again["cached_details"]["device"], again["cached_tokens"]) == (0, HIT)
     for reply in (warm, again):
         assert (reply["token_ids"], reply["top"]) == (cold["token_ids"], cold["top"])
+
+
+def each_rank_loads(harness: EngineHarness, url: str, ids: list[int]) -> None:
+    """Two of them. The sign of the stored KV is turned, of the second's heads and then of the first's: the reply is
+    another one each time, and what is computed is as before. Wants cells of one head.
+    """
+    cold = run(harness, ids)
+    assert harness.flush()
+    replies = [cold["top"]]
+    cache = cache_of(harness, url)
+    try:
+        for heads in (range(KV_HEADS // 2, KV_HEADS), range(KV_HEADS // 2)):
+            assert negate(cache, Chain(ids, PAGE), heads) == HIT // PAGE
+            assert harness.call("forget", 30)["forgotten"]
+            wrong = run(harness, ids)
+            assert wrong["cached_tokens"] == HIT
+            assert wrong["top"] not in replies
+            replies.append(wrong["top"])
+        alone = harness.generate(ids, 8, logits=True, load=False)
+        assert (alone["cached_tokens"], alone["top"]) == (0, cold["top"])
+    finally:
+        cache.delete(Chain(ids, PAGE))
+        cache.close()
+    assert harness.call("forget", 30)["forgotten"]
 
 
 def lost(harness: EngineHarness, served: Served, prompts: list[list[int]]) -> None:

@@ -1,7 +1,4 @@
-"""Whole engines in the ways that the matrix does not have: other layouts, tensor parallelism, SGLang's own faults.
-
-The matrix has ``page_first``, ``test_server.py`` ``page_first_direct``.
-"""
+"""A whole engine behind SGLang's hierarchical cache, under load and SGLang's own faults."""
 
 from __future__ import annotations
 
@@ -16,28 +13,7 @@ import pytest
 from lmcache_sdk.testing.harness import EngineHarness
 from tests.core.served import Served
 from tests.sglang.process import engine
-from tests.sglang.scenarios import HIT, MOST_ADDED_S, lost, prompt, prompts, restored, run
-
-
-@pytest.mark.timeout(300)
-def test_tensor_parallelism_shares_with_a_single_rank(tiny_directory: Path, served: Served) -> None:
-    """Both ways, by a finer grid, and from one layout of host memory into another; each alone is exact. Between them
-    sums are rounded otherwise. Two ranks, too, are undisturbed when the daemon is.
-    """
-    extra = {"heads_per_cell": 1}
-    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    layer_first = {"hicache_mem_layout": "layer_first", "hicache_io_backend": "direct"}
-    page_head = {"hicache_mem_layout": "page_head", "hicache_io_backend": "kernel"}
-    with engine(tiny_directory, served.url, extra=extra, tp_size=2, variables=variables, **layer_first) as pair:
-        restored(pair, prompt(2), "storage")
-        with engine(tiny_directory, served.url, extra=extra, **page_head) as single:
-            assert single.hello["namespace"] == pair.hello["namespace"]
-            assert run(single, prompt(2))["cached_details"]["storage"] == HIT
-            restored(single, prompt(3), "storage")
-            assert single.stop() == 0
-        assert run(pair, prompt(3))["cached_details"]["storage"] == HIT
-        lost(pair, served, prompts(20))
-        assert pair.stop() == 0
+from tests.sglang.scenarios import MOST_ADDED_S, prompt, prompts, run
 
 
 @pytest.mark.timeout(240)
