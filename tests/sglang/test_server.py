@@ -25,22 +25,30 @@ from lmcache_sdk.records import UNKNOWN_POSITION, read_header
 from tests.core.served import Served, command, free_port
 from tests.daemon.daemon_process import until
 from tests.sglang.process import STAND_INS
+from tests.vllm.tiny import make_model
 
 READY_S = 150.0
 PAGE = 64
 LONG = np.random.default_rng(6).integers(10, 1000, 500).tolist()
 SHORT = LONG[:300]
+OTHER = LONG[:299:-1] + LONG[:100]
 HIT = 256
 
 
 class Server:
     """``sglang.launch_server`` on a port of its own. Its flags are those of a user, and what a CPU needs."""
 
-    def __init__(self, model: Path, url: str, folder: Path) -> None:
+    def __init__(self, model: Path, url: str, folder: Path, *, linker: bool = False) -> None:
         self.port = free_port()
-        self.log = folder / "server.log"
+        self.log = folder / f"server-{self.port}.log"
         self._key = secrets.token_hex(8)  # without one SGLang attaches and detaches nothing
-        self.flags = shlex.split(command("launch-args", "sglang", "--url", url).stdout)
+        self.flags = shlex.split(
+            command("launch-args", "sglang", "--url", url, *(["--linker"] if linker else [])).stdout
+        )
+        if linker:  # two cores, and two servers
+            config = json.loads(self.flags[-1])
+            config["linker_extra_config"]["lookup_timeout_s"] = 0.5
+            self.flags[-1] = json.dumps(config)
         line = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *self.flags),
             *("--host", "127.0.0.1", "--port", str(self.port), "--admin-api-key", self._key),
@@ -48,7 +56,7 @@ class Server:
             *("--grammar-backend", "none", "--max-total-tokens", "2400", "--context-length", "2048"),
             *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
             *("--skip-server-warmup", "--enable-cache-report", "--mem-fraction-static", "0.3"),
-            *("--hicache-storage-prefetch-policy", "wait_complete"),  # the last one counts
+            *([] if linker else ["--hicache-storage-prefetch-policy", "wait_complete"]),  # the last one counts
         ]
         variables = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(STAND_INS)}
         with self.log.open("ab") as log:
@@ -138,8 +146,11 @@ def stored(served: Served) -> int:
     return int(served.status()["stats"]["chunks"])
 
 
-@pytest.mark.timeout(300)
-def test_attached_detached_cleared_and_other_weights(tiny_directory: Path, tiered: Served, tmp_path: Path) -> None:
+@pytest.mark.timeout(400)
+def test_attached_detached_cleared_and_other_weights(
+    tiny_directory: Path, tiered: Served, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    others = make_model(tmp_path_factory.mktemp("models") / "others", seed=1)
     with Server(tiny_directory, tiered.url, tmp_path) as server:
         cold, details = server.generate(SHORT)
         assert not details.get("storage")
@@ -170,14 +181,45 @@ def test_attached_detached_cleared_and_other_weights(tiny_directory: Path, tiere
         until(lambda: stored(tiered) == HIT // PAGE, 20.0, "four chunks")
         restored(SHORT, cold, HIT)
 
-        # The same weights, which SGLang does not say: nothing is found or stored under their old name any more.
-        server.call("POST", "/update_weights_from_disk", model_path=str(tiny_directory))
-        restored(SHORT, cold, 0)
-        restored(LONG, longer, 0)
-        assert stored(tiered) == HIT // PAGE
+        with Server(tiny_directory, tiered.url, tmp_path, linker=True) as second:
+            changed = replaced_in_one_of_two(server, second, cold, tiered, others)
+
+        # In the other as well: nothing is found or stored under the old weights' name any more.
+        chunks = stored(tiered)
+        server.call("POST", "/update_weights_from_disk", model_path=str(others))
+        restored(SHORT, changed, 0)
+        restored(SHORT, changed, 0)
+        assert stored(tiered) == chunks
         log = server.log.read_text()
         assert "weights are being replaced" in log
         assert "no quotas" in log and "require_salt" in log
+
+
+def replaced_in_one_of_two(first: Server, second: Server, cold: list[Any], tiered: Served, weights: Path) -> list[Any]:
+    """Two servers on one daemon, by either way in: a new one finds at its first request what the other has stored, and
+    the other what it stores, to the last bit. Then it gets other weights; the answer is its reply with them.
+    """
+    found, details = second.generate(SHORT)
+    assert (found, details["host"]) == (cold, HIT)
+    computed, details = second.generate(OTHER)
+    assert not details.get("host")
+    until(lambda: stored(tiered) == 2 * HIT // PAGE, 20.0, "four more chunks")
+    found, details = first.generate(OTHER)
+    assert (found, details["storage"]) == (computed, HIT)
+
+    second.call("POST", "/update_weights_from_disk", model_path=str(weights))
+    changed, details = second.generate(SHORT)
+    assert changed != cold and not details.get("host")
+    second.forget()
+    found, details = second.generate(SHORT)
+    assert found == changed and not details.get("host")
+    assert "weights are being replaced" in second.log.read_text()
+
+    assert stored(tiered) == 2 * HIT // PAGE
+    first.forget()
+    found, details = first.generate(SHORT)
+    assert (found, details["storage"]) == (cold, HIT)
+    return changed
 
 
 def positions(served: Served, ids: list[int]) -> list[int]:
