@@ -202,6 +202,7 @@ def _set(path: str, value: Any) -> Any:
         ("cache_config.enable_prefix_caching", False, "vLLM's prefix caching is off"),
         ("cache_config.cache_dtype", "fp8", "KV of dtype 'fp8'"),
         ("load_config.load_format", "dummy", "random weights have no identity"),
+        ("load_config.load_format", "tensorizer", "load_format=tensorizer: .* served are auto, hf"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(start: Any, path: str, value: Any, message: str) -> None:

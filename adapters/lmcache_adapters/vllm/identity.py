@@ -14,6 +14,8 @@ from lmcache_sdk.spec import Namespace, Producer, namespace_of, weights_fingerpr
 _log = logger("vllm")
 
 _KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Those that read the files of the model's directory which its fingerprint reads.
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral")
 _SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 # Their rotation depends on the longest context that the engine was started for.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -45,8 +47,14 @@ def refuse_unserved_engine(vllm_config: Any, kv_cache_config: Any) -> None:
         )
     if cache.cache_dtype not in _KV_DTYPES:
         raise UnsupportedError(f"KV of dtype {cache.cache_dtype!r} is not served; use kv_cache_dtype=auto")
-    if vllm_config.load_config.load_format == "dummy":
+    load_format = vllm_config.load_config.load_format
+    if load_format == "dummy":
         raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
+    if load_format not in _LOAD_FORMATS:
+        raise UnsupportedError(
+            f"load_format={load_format}: its weights need not be those of the model's directory, which KV is kept "
+            f"under; served are {', '.join(_LOAD_FORMATS)}"
+        )
     groups = kv_cache_config.kv_cache_groups
     specs = [type(group.kv_cache_spec).__name__ for group in groups]
     if len(groups) != 1 or specs[0] not in _SPECS:
