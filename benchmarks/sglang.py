@@ -35,8 +35,10 @@ NEW_TOKENS = 4
 PAIRS = 30
 # Of benchmarks.vllm's daemon.
 POOL_BYTES = 2 << 30
-# 128 KiB a page; the real model's have 1440.
+# 128 KiB a page; the real model's have 1440, those of one with eight billion parameters 8192.
 SMALL = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
+LARGE = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+LARGE_PAGES = 32
 
 
 def model_with(facts: dict[str, int], model: Path, folder: Path) -> Path:
@@ -49,38 +51,38 @@ def model_with(facts: dict[str, int], model: Path, folder: Path) -> Path:
     return folder
 
 
-def batches(model: Path, layout: str, bar: float = 0.0, *, file: bool = False) -> Iterator[Row]:
+def batches(model: Path, layout: str, bar: float = 0.0, *, count: int = PAGES, file: bool = False) -> Iterator[Row]:
     """Rows of one layout: a batch to the host memory, and one from it."""
     pools = importlib.import_module("tests.sglang.pools")
     with served() as (url, _), tempfile.TemporaryDirectory(prefix="file-", dir="/dev/shm") as folder:
-        rank = pools.Rank(model, url, layout=layout, pages=2 * PAGES + 2)
+        rank = pools.Rank(model, url, layout=layout, pages=2 * count + 2)
         theirs = file_backend(rank, folder)
-        chosen = list(range(1, PAGES + 1))
+        chosen = list(range(1, count + 1))
         rank.fill(chosen, seed=1)
-        nbytes = rank.host.kv_buffer.nbytes // rank.host.page_num * PAGES
+        nbytes = rank.host.kv_buffer.nbytes // rank.host.page_num * count
         source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
         numbers = itertools.count()
-        keys = pools.digests(next(numbers), PAGES)
+        keys = pools.digests(next(numbers), count)
         cache = rank.backend._cache
 
         def bare() -> None:
             np.copyto(target, source)
 
         def into() -> None:
-            assert all(rank.set(pools.digests(next(numbers), PAGES), chosen, before=[]))
+            assert all(rank.set(pools.digests(next(numbers), count), chosen, before=[]))
 
         def back() -> None:
-            assert all(rank.get(keys, list(range(PAGES + 1, 2 * PAGES + 1))))
+            assert all(rank.get(keys, list(range(count + 1, 2 * count + 1))))
 
         def found() -> None:
-            assert rank.backend.batch_exists(keys) == PAGES
+            assert rank.backend.batch_exists(keys) == count
 
         for _ in range((POOL_BYTES + nbytes) // nbytes):
             into()  # from now on the pool is full: its memory has been used, and each set needs room
         assert all(rank.set(keys, chosen, before=[]))
         found()
         settled = functools.partial(cache.drain, 10)
-        of = f"sglang, {PAGES} pages of {nbytes // PAGES >> 10} KiB, {layout}"
+        of = f"sglang, {count} pages of {nbytes // count >> 10} KiB, {layout}"
         yield at_least(f"{of}: speed of a get / bare copy", paired(back, bare, nbytes, settle=found), bar)
         if file:
             assert theirs.set_generic(keys, chosen)
@@ -90,7 +92,7 @@ def batches(model: Path, layout: str, bar: float = 0.0, *, file: bool = False) -
         if file:
 
             def into_files() -> None:
-                assert theirs.set_generic(pools.digests(next(numbers), PAGES), chosen)
+                assert theirs.set_generic(pools.digests(next(numbers), count), chosen)
 
             yield at_least(
                 f"{of}: speed of a set / SGLang's file backend", paired(into, into_files, nbytes, settle=settled)
@@ -111,7 +113,7 @@ def file_backend(rank: Any, folder: str) -> Any:
 
 
 def copies(model: Path) -> Iterator[Row]:
-    """All layouts with the real model's pages, and small pages."""
+    """All layouts with the real model's pages, and pages of smaller and larger models."""
     importlib.import_module("tests.sglang.cpu")  # before SGLang
     yield from batches(model, "page_first_direct", BAR, file=True)
     for layout in ("page_first", "layer_first", "page_head"):
@@ -119,6 +121,9 @@ def copies(model: Path) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         small = model_with(SMALL, model, Path(folder))
         yield from batches(small, "page_first_direct", file=True)
+    with tempfile.TemporaryDirectory() as folder:
+        large = model_with(LARGE, model, Path(folder))
+        yield from batches(large, "page_first_direct", BAR, count=LARGE_PAGES)
 
 
 def start(model: Path, url: str | None) -> EngineHarness:
