@@ -1,8 +1,8 @@
 """SGLang's hierarchical cache over the daemon: pages of its real host memory, and what a miss costs an engine.
 
 Pages go to the daemon's pool and back by the calls that SGLang makes, against a bare copy of as many bytes from one
-place in memory to another, and against SGLang's own ``file`` backend with a folder in memory. Two engines are then
-compared in pairs of requests: both have SGLang's hierarchical cache with the same settings, one has the backend.
+place in memory to another, and against SGLang's own ``file`` backend with a folder in memory. An engine with SGLang's
+hierarchical cache then computes prompts in turns with the backend and without (:mod:`benchmarks.sglang_engine`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import numpy as np
 
 from benchmarks.harness import Row, at_least, paired
 from benchmarks.hf import model_directory
-from benchmarks.vllm import ask, cost, pairs, served, unique
+from benchmarks.vllm import against, ask, cost, served, turns, unique
 from lmcache_sdk.testing.harness import EngineHarness
 from tests.sglang.process import engine
 
@@ -32,7 +33,7 @@ BAR = 0.8
 PAGES = 128  # as many as SGLang asks for at once
 MISS_TOKENS = 512
 NEW_TOKENS = 4
-PAIRS = 30
+PAIRS = 60
 # Of benchmarks.vllm's daemon.
 POOL_BYTES = 2 << 30
 # 128 KiB a page; the real model's have 1440, those of one with eight billion parameters 8192.
@@ -126,10 +127,34 @@ def copies(model: Path) -> Iterator[Row]:
         yield from batches(large, "page_first_direct", BAR, count=LARGE_PAGES)
 
 
-def start(model: Path, url: str | None) -> EngineHarness:
+def misses(model: Path) -> Iterator[Row]:
+    """Prompts that nobody has seen: asked for, computed and stored, against the same engine whose backend is detached,
+    which is compared with itself, too.
+    """
+    with served() as (url, _), start(model, url) as harness:
+
+        def one(*, attached: bool) -> Callable[[], tuple[float, ...]]:
+            def run() -> tuple[float, ...]:
+                harness.call("storage", 60, attached=attached)
+                first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
+                assert hit == 0 and (not attached or harness.flush(60))
+                return first, last
+
+            return run
+
+        ours, plain, again = turns([one(attached=True), one(attached=False), one(attached=False)], PAIRS)
+    both = [tuple(statistics.mean(two) for two in zip(*turn, strict=True)) for turn in zip(plain, again, strict=True)]
+    figures = (f"{MISS_TOKENS} tokens, no hit, stored: TTFT", f"{MISS_TOKENS} + {NEW_TOKENS} tokens, no hit: time")
+    for figure, measured, control in zip(figures, against(ours, both), against(plain, again), strict=True):
+        yield cost(f"sglang, {figure} / hierarchical cache alone", measured, 1.02)
+        yield cost(f"sglang, {figure}: alone / alone (control)", control, 0.0)
+
+
+def start(model: Path, url: str) -> EngineHarness:
     return engine(
         model,
         url,
+        module="benchmarks.sglang_engine",
         memory_tokens=4096,
         enable_hierarchical_cache=True,
         hicache_mem_layout="page_first_direct",
@@ -138,26 +163,6 @@ def start(model: Path, url: str | None) -> EngineHarness:
         hicache_storage_prefetch_policy="timeout",
         variables={"OMP_NUM_THREADS": str(os.cpu_count() or 1)},
     )
-
-
-def misses(model: Path) -> Iterator[Row]:
-    """Prompts that nobody has seen: asked for, computed and stored, against SGLang's hierarchical cache alone."""
-    with served() as (url, _), start(model, None) as plain, start(model, url) as cached:
-
-        def one(harness: EngineHarness) -> Callable[[], tuple[float, ...]]:
-            def run() -> tuple[float, ...]:
-                first, last, hit = ask(harness, unique(MISS_TOKENS), NEW_TOKENS)
-                assert hit == 0
-                if harness is cached:
-                    cached.flush(60)
-                return first, last
-
-            return run
-
-        first, last = pairs(one(cached), one(plain), PAIRS)
-        yield cost(f"sglang, {MISS_TOKENS} tokens, no hit, stored: TTFT / plain hierarchical cache", first, 1.02)
-        what = f"sglang, {MISS_TOKENS} + {NEW_TOKENS} tokens, no hit, stored: time / plain hierarchical cache"
-        yield cost(what, last, 1.02)
 
 
 def rows() -> Iterator[Row]:

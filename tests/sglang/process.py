@@ -20,6 +20,7 @@ def engine(
     *,
     memory_tokens: int = 2400,
     linker: bool = False,
+    module: str = "lmcache_adapters.sglang.engine",
     extra: dict[str, Any] | None = None,
     variables: dict[str, str] | None = None,
     **options: Any,
@@ -41,7 +42,7 @@ def engine(
         **({} if linker else _HICACHE),
         **options,
     }
-    line = [sys.executable, "-m", "lmcache_adapters.sglang.engine", "--model", str(model)]
+    line = [sys.executable, "-m", module, "--model", str(model)]
     line += [*(["--cache", url] if url else []), *(["--linker"] if linker else [])]
     settings = {"chunk_tokens": options["page_size"], **(extra or {})}
     for flag, given in (("--option", options), ("--extra", settings)):
