@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ _MOST_TRIED = 4096
 _MOST_AGREED = 256  # pairs that are not served at present
 _FLOATS = ("bfloat16", "float16", "float32")
 _Key = tuple[str, str, str]
+_Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}\\Z")]  # of a producer
 
 
 class _Raw(msgspec.Struct):
@@ -65,9 +66,9 @@ def is_name(producer: Producer) -> bool:
 class Turn(msgspec.Struct, frozen=True, array_like=True, order=True):
     """How often two producers, by their ids in order, were closed and reopened: odd = they are closed."""
 
-    first: str
-    second: str
-    turn: int = 1
+    first: _Id
+    second: _Id
+    turn: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1  # it is in the names of spaces
 
 
 class Known(msgspec.Struct, frozen=True):

@@ -208,7 +208,8 @@ def test_a_manifest_with_a_broken_entry_keeps_what_can_be_read() -> None:
         {"engine": "y\n", "version": "1", "device": "cpu"},
         {"engine": "z" * 1000, "version": "1", "device": "cpu"},
     ]
-    broken = msgspec.to_builtins(NAMESPACE) | {"producers": producers, "closed": [list(CLOSED), 7, ["alone"]]}
+    wrong = [7, ["alone"], [*CLOSED, 10**40], [*CLOSED, 0], ["x" * 1000, "y", 1], [*CLOSED[:1], CLOSED[1] + "\n", 1]]
+    broken = msgspec.to_builtins(NAMESPACE) | {"producers": producers, "closed": [list(CLOSED), *wrong]}
     tier.put([Item(manifest_key(NAMESPACE.id), memoryview(msgspec.json.encode(broken)))], if_absent=False)
     store = Store([Tier("memory", tier)], pool_bytes=1 << 20)
     LocalCache(store, NAMESPACE, ONE)
