@@ -202,6 +202,8 @@ def reopen(
     path = _socket(socket)
     closed = [pair for pair in _look(path).stats.pairs if pair.state == "closed"]
     chosen = [pair for pair in closed if pair.namespace.startswith(namespace or "") and _is_of(pair, one, other)]
+    if len(chosen) > 1:  # a name may begin another one
+        chosen = [pair for pair in chosen if set(pair.producers) == {one, other}] or chosen
     if len(chosen) != 1:
         found = f"{len(chosen)} closed pairs have" if chosen else "no closed pair has"
         more = "; name them in full, or add --namespace" if chosen else ""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from lmcache_sdk import ConfigError
+from lmcache_sdk.api import PairStats
+from lmcache_sdk.cli.daemon import reopen
 from lmcache_sdk.daemon.client import DaemonCache
 from lmcache_sdk.pool.shared import SharedPool
 from lmcache_sdk.spec import Producer, Share
@@ -154,3 +158,18 @@ def test_from_the_tier_of_an_earlier_daemon(place: Place) -> None:
     until(lambda: len(two.stats().pairs) == 1)
     assert read(two, chain) == (["one"] * 6, "foreign")
     two.close()
+
+
+def test_a_name_that_begins_another_one_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [("a-1-cpu", "b-1-cpu"), ("a-1-cpu", "b-1-cpu-2-cpu")]
+    pairs = tuple(PairStats("f", pair, "closed", 1, 1, 0, {}, "") for pair in names)
+    reopened = []
+    monkeypatch.setattr(
+        "lmcache_sdk.cli.daemon._look", lambda path: SimpleNamespace(stats=SimpleNamespace(pairs=pairs))
+    )
+    monkeypatch.setattr("lmcache_sdk.daemon.serve.reopen", lambda path, *pair: reopened.append(pair))
+    with pytest.raises(ConfigError, match="2 closed pairs have"):
+        reopen("a", "b", socket="s")
+    for pair in names:
+        reopen(pair[1], pair[0], socket="s")
+    assert reopened == [("f", pair) for pair in names]
