@@ -197,7 +197,8 @@ def reopen(
 ) -> None:
     """Compare two producers anew whose KV differed, so that they may read each other's again.
 
-    What the wrong one has stored is still there: have that engine remove it first.
+    What the wrong one has stored is still there: have that engine remove it first. And restart the other one, which may
+    hold what it has loaded of it.
     """
     path = _socket(socket)
     closed = [pair for pair in _look(path).stats.pairs if pair.state == "closed"]
