@@ -98,8 +98,8 @@ class Producers:
         """
         if share is not Share.ANY and not self.sharing.is_sound(opened):
             return None
-        turns = self.sharing.turns(opened)  # what came of a pair that was closed stays unread when that is reopened
-        fidelity = f"{FOREIGN}.any" if share is Share.ANY else f"{FOREIGN}.{turns}" if turns else FOREIGN
+        history = self.sharing.history(opened)  # what came of a closed pair stays unread when that is reopened
+        fidelity = f"{FOREIGN}.any" if share is Share.ANY else f"{FOREIGN}.{history}" if history else FOREIGN
         return self._open_space(opened.namespace, opened.producer, fidelity)
 
     def spaces_of(self, opened: OpenSpace) -> list[Space]:

@@ -7,6 +7,7 @@ part of it for ever. See ``docs/concepts.md``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from lmcache_sdk.api import PairStats
 from lmcache_sdk.core import Source
 from lmcache_sdk.jobs import OpenSpace
 from lmcache_sdk.keys import Chain, Origin
-from lmcache_sdk.spec import KVSpec, Producer, Share
+from lmcache_sdk.spec import KVSpec, Producer, Share, canonical_json
 from lmcache_sdk.workers import Worker
 
 _T = TypeVar("_T")
@@ -271,10 +272,11 @@ class Sharing:
         """Whether what was computed behind others' chunks may still be read: not if one of these has been closed."""
         return not any(opened.producer.id in pair for pair in self.closed(opened.namespace.id))
 
-    def turns(self, opened: OpenSpace) -> int:
-        """How often a pair with this producer was closed or reopened."""
+    def history(self, opened: OpenSpace) -> str:
+        """8 hex digits for which pairs with this producer were closed or reopened, how often; empty if none was."""
         turns = self._turns.get(opened.namespace.id, {})
-        return sum(turn for pair, turn in turns.items() if opened.producer.id in pair)
+        its = [(*pair, turn) for pair, turn in sorted(turns.items()) if opened.producer.id in pair]
+        return hashlib.sha256(canonical_json(its)).hexdigest()[:8] if its else ""
 
     def close(self, one: OpenSpace, other: OpenSpace) -> Verdict:
         """Until somebody reopens them."""
