@@ -81,9 +81,33 @@ def test_an_adapter_whose_files_have_changed_under_vllm_is_not_kept(tmp_path: Pa
     one, keys = adapter(tmp_path / "a", b"1"), LoraKeys()
     first = keys.ask(one).result(10)
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
-    with pytest.raises(ConfigError, match="not those that vLLM's adapter 1 had at first; load them as another"):
+    with pytest.raises(ConfigError, match="load them under another name"):
         keys.ask(one).result(10)
     assert keys.ask(LoRARequest("a again", 2, one.lora_path)).result(10) != first
+    keys.close()
+
+
+def test_an_adapter_that_was_loaded_again_from_changed_files_is_not_kept(tmp_path: Path) -> None:
+    """vLLM gives it another number, and the KV that its prefix cache has by that name and path."""
+    one, keys = adapter(tmp_path / "a", b"1"), LoraKeys()
+    first = keys.ask(one).result(10)
+    assert keys.ask(LoRARequest(one.lora_name, 2, one.lora_path)).result(10) == first
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+    for number in (3, 3, 4):
+        with pytest.raises(ConfigError, match="load them under another name"):
+            keys.ask(LoRARequest(one.lora_name, number, one.lora_path)).result(10)
+    keys.close()
+
+
+def test_an_adapter_in_use_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_adapters.vllm.lora._MOST", 4)
+    used, other, keys = adapter(tmp_path / "a", b"1"), adapter(tmp_path / "b", b"2"), LoraKeys()
+    for number in range(2, 12):
+        keys.ask(LoRARequest(f"b{number}", number, other.lora_path)).result(10)
+        keys.ask(used).result(10)
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"22")
+    with pytest.raises(ConfigError, match="load them under another name"):
+        keys.ask(used).result(10)
     keys.close()
 
 

@@ -507,6 +507,23 @@ def test_nobody_waits_for_an_adapter_that_is_long_in_reading(
     assert engine.run("c", ids, lora_request=lora) == 256
 
 
+@pytest.mark.parametrize("wishes", [{}, {"no_load": True, "no_store": True}], ids=["kept", "not kept"])
+def test_what_an_adapter_computed_before_it_was_trained_again_is_not_its_own(
+    make: Make, tmp_path: Path, wishes: dict[str, Any]
+) -> None:
+    """vLLM's prefix cache has it still, by the adapter's name and path, when it is loaded again with another number."""
+    engine, ids, old, new = make(), prompt(300), tmp_path / "l", tmp_path / "same"
+    for folder, weights in ((old, b"before"), (new, b"behind")):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    engine.run("before", ids, lora_request=LoRARequest("l", 1, str(old)), params=wishes)
+    (old / "adapter_model.safetensors").write_bytes(b"behind")
+    engine.run("behind", ids, lora_request=LoRARequest("l", 2, str(old)))
+    assert engine.computed["behind"] == 12
+    engine.flush()
+    assert make().run("elsewhere", ids, lora_request=LoRARequest("same", 1, str(new))) == 0
+
+
 def test_hit_sources(make: Make) -> None:
     pytest.importorskip("vllm.v1.metrics.cache_hit_source", reason="older than hit sources")
     engine = make()

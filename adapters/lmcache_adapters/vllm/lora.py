@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ class LoraKeys:
 
     def __init__(self) -> None:
         self._keys: dict[Files, Future[str | None]] = {}
-        self._given: dict[int, Files] = {}  # by vLLM's number of the adapter
+        self._given: dict[Hashable, Files] = {}  # by what vLLM's memory, and its prefix cache, know an adapter by
         self._reader: Worker | None = None
 
     def ask(self, lora: Any) -> Future[str | None]:
@@ -54,13 +55,18 @@ class LoraKeys:
         return key
 
     def _refuse_changed(self, lora: Any, files: Files) -> None:
-        """vLLM may have in its memory what they were before, or what they are now; it does not say."""
-        if self._given.setdefault(lora.lora_int_id, files) != files:
-            raise ConfigError(
-                f"the files of the LoRA adapter {lora.lora_path} are not those that vLLM's adapter {lora.lora_int_id} "
-                "had at first; load them as another adapter"
-            )
+        """vLLM may have in its memory what they were before, or what they are now; it does not say. Nor does its prefix
+        cache forget the KV of an adapter that was unloaded: it is that of the next one with this name and path.
+        """
+        known = [lora.lora_int_id, (lora.lora_name, lora.lora_path)]
+        for name in known:
+            self._given[name] = self._given.pop(name, files)  # the last that are forgotten
         _trim(self._given)
+        if any(self._given[name] != files for name in known):
+            raise ConfigError(
+                f"the files of the LoRA adapter {lora.lora_path} are not those that vLLM's adapter {lora.lora_name} "
+                f"({lora.lora_int_id}) had at first; load them under another name"
+            )
 
     def close(self) -> None:
         """Nothing is waited for."""

@@ -328,8 +328,9 @@ class Scheduler:
             wishes = read_wishes(request.kv_transfer_params)
             used = (self._loads and wishes.load) or (self._stores and wishes.store)
             used = used and not getattr(request, "resumable", False)  # tokens of such a session are taken back
-            lora = self._lora_keys.ask(getattr(request, "lora_request", None)) if used else None
-            state = self._states[request.request_id] = _State(request, wishes, lora)
+            # Of all requests: what any of them computes may be in vLLM's prefix cache.
+            lora = self._lora_keys.ask(getattr(request, "lora_request", None))
+            state = self._states[request.request_id] = _State(request, wishes, lora if used else None)
         return state
 
     def _chain(self, state: _State) -> Chain | None:
