@@ -573,7 +573,7 @@ class Store:
 
     def reopen(self, namespace: str, producers: tuple[str, str]) -> bool:
         """Compare two producers of a namespace anew, by their names, that disagreed; False if they are not closed."""
-        return self._producers.reopen(namespace, producers)
+        return not self._closed and self._producers.reopen(namespace, producers)
 
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes in the pool by tenant."""

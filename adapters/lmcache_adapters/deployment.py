@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,6 +38,21 @@ def with_grid_of(namespace: Namespace, ranks: int, log: logging.Logger) -> Names
     )
     grid = CellGrid(spec.grid.layers_per_cell, heads)
     return msgspec.structs.replace(namespace, spec=msgspec.structs.replace(spec, grid=grid))
+
+
+def refuse_load_format(load_format: str, served: Sequence[str]) -> None:
+    """Raise UnsupportedError unless it reads the files of the model's directory that its fingerprint reads.
+
+    Args:
+        served: those of the engine that do.
+    """
+    if load_format == "dummy":
+        raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
+    if load_format not in served:
+        raise UnsupportedError(
+            f"load_format={load_format}: its weights need not be those of the model's directory, which KV is kept "
+            f"under; served are {', '.join(served)}"
+        )
 
 
 def weights_directory(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:

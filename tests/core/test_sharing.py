@@ -522,61 +522,54 @@ def test_the_next_life_knows_who_is_closed(tmp_path: Path) -> None:
         assert read(later, other) == ([], "")
 
 
-def test_the_pool_alone_remembers_it(tmp_path: Path) -> None:
-    """Without a tier: the journal."""
-    chain, other = text(1, 9), text(2, 6)
+def lives(count: int) -> Iterator[tuple[int, Store, LocalCache, LocalCache]]:
+    """Of one pool, without a tier, so that the journal alone remembers: its store, and two engines."""
     folder = Path(tempfile.mkdtemp(prefix="lmcache-sdk-test-", dir="/dev/shm"))
     try:
-        for life, state in enumerate(["closed", "closed", "checking"]):
+        for life in range(count):
             pool = SharedPool.open(folder / "pool", 2 << 20)
             store = Store(pool=pool)
             store.end_earlier_life()
-            one, two = LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
-            if life == 0:
-                write(one, other)
-                write(one, chain)
-                write(two, chain, change=no_numbers)
-            wait_until(lambda store=store, state=state: [pair.state for pair in store.stats().pairs] == [state])
-            assert read(two, other) == ([], "") and read(one, other) == (["one"] * 6, "exact")
+            yield life, store, LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
             assert store.drain(10)
-            if life == 1:
-                wait_until(lambda store=store: store.reopen(NAMESPACE.id, NAMES))
-                two.clear()
             store.close()
-            pool.close(keep=life < 2)
+            pool.close(keep=life < count - 1)
     finally:
         shutil.rmtree(folder)
 
 
-def test_the_pool_alone_remembers_what_agreed(tmp_path: Path) -> None:
+def test_the_pool_alone_remembers_it() -> None:
+    chain, other, states = text(1, 9), text(2, 6), ["closed", "closed", "checking"]
+    for life, store, one, two in lives(3):
+        if life == 0:
+            write(one, other)
+            write(one, chain)
+            write(two, chain, change=no_numbers)
+        wait_until(lambda store=store, life=life: [pair.state for pair in store.stats().pairs] == [states[life]])
+        assert read(two, other) == ([], "") and read(one, other) == (["one"] * 6, "exact")
+        assert store.drain(10)
+        if life == 1:
+            wait_until(lambda store=store: store.reopen(NAMESPACE.id, NAMES))
+            two.clear()
+
+
+def test_the_pool_alone_remembers_what_agreed() -> None:
     chain, other, deeper = text(1, 9), text(2, 12), text(3, 12)
-    folder = Path(tempfile.mkdtemp(prefix="lmcache-sdk-test-", dir="/dev/shm"))
-    try:
-        for life in range(3):
-            pool = SharedPool.open(folder / "pool", 2 << 20)
-            store = Store(pool=pool)
-            store.end_earlier_life()
-            one, two = LocalCache(store, NAMESPACE, ONE), LocalCache(store, NAMESPACE, TWO)
-            if life == 0:
-                write(one, other)
-                overlap_of(one, two, chunks=9)
-            if life == 1:
-                write(two, deeper, 11)
-                write(one, deeper, 11)
-            depth = [9, 12, 12][life] * CHUNK
-            wait_until(lambda store=store, depth=depth: store.stats().pairs[0].depth == depth)
-            (pair,) = store.stats().pairs
-            assert (pair.state, pair.compared, pair.failed) == ("open", [3, 4, 4][life], 0) and 0 < pair.worst[
-                "k"
-            ] < 0.02
-            if life:
-                assert read(two, other) == (["one"] * (depth // CHUNK), "foreign")
-            assert read(one, chain) == (["one"] * 9, "exact")
-            assert store.drain(10)
-            store.close()
-            pool.close(keep=life < 2)
-    finally:
-        shutil.rmtree(folder)
+    for life, store, one, two in lives(3):
+        if life == 0:
+            write(one, other)
+            overlap_of(one, two, chunks=9)
+        if life == 1:
+            write(two, deeper, 11)
+            write(one, deeper, 11)
+        chunks = [9, 12, 12][life]
+        wait_until(lambda store=store, chunks=chunks: store.stats().pairs[0].depth == chunks * CHUNK)
+        (pair,) = store.stats().pairs
+        assert (pair.state, pair.compared, pair.failed) == ("open", [3, 4, 4][life], 0)
+        assert 0 < pair.worst["k"] < 0.02
+        if life:
+            assert read(two, other) == (["one"] * chunks, "foreign")
+        assert read(one, chain) == (["one"] * 9, "exact")
 
 
 # Reopening
@@ -685,6 +678,7 @@ def test_who_is_closed_stays_so_however_late_they_come() -> None:
         for producer in (ONE, TWO):
             LocalCache(store, NAMESPACE, producer)
         assert [pair.state for pair in store.stats().pairs] == ["closed"]
+    assert not store.reopen(NAMESPACE.id, NAMES), "the store is closed"
 
 
 def test_who_splits_chunks_stores_nothing_exact_after_a_foreign_load(world: World) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_sdk import lineage
 from tests.core.served import Served
 from tests.sglang import cpu  # noqa: F401 - before SGLang
 from tests.sglang.pools import Rank, make_latent_model
@@ -49,3 +50,13 @@ def ranks(tiny_directory: Path) -> Iterator[list[Rank]]:
     yield started
     for rank in started:
         rank.close()
+
+
+@pytest.fixture
+def stranger(tiny_directory: Path, shared_daemon: Served, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """Another version: what it has stored is nobody's but its own, or, unless it was compared, anybody's."""
+    monkeypatch.setattr(lineage, "_kept", {})  # what the test loads of it is no other test's
+    with monkeypatch.context() as earlier:
+        earlier.setattr("sglang.__version__", "0.5.22")
+        ranks.append(rank := Rank(tiny_directory, shared_daemon.url))
+    return rank

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sglang
 import torch
 
-from lmcache_sdk import lineage
 from tests.core.served import Served
 from tests.sglang.pools import LATENT_LAYOUTS, LAYOUTS, PAGE, Rank, digests
 
@@ -173,17 +171,10 @@ def test_a_finer_grid_is_shared_by_engines_of_any_size(
     assert torch.equal(whole.content([8, 9]), torch.cat(halves, dim=2))
 
 
-def test_whose_kv_is_used(
-    tiny_directory: Path, shared_daemon: Served, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What another version has stored: nobody's but its own, or, unless it was compared, anybody's."""
-    monkeypatch.setattr(lineage, "_kept", {})  # what is loaded here is no other test's
-    with monkeypatch.context() as earlier:
-        earlier.setattr(sglang, "__version__", "0.5.22")
-        ranks.append(writer := Rank(tiny_directory, shared_daemon.url))
+def test_whose_kv_is_used(tiny_directory: Path, shared_daemon: Served, ranks: list[Rank], stranger: Rank) -> None:
     keys = digests(110, 3)
-    wanted = writer.fill([1, 2, 3], seed=1)
-    assert writer.set(keys, [1, 2, 3], before=[]) == [True] * 3
+    wanted = stranger.fill([1, 2, 3], seed=1)
+    assert stranger.set(keys, [1, 2, 3], before=[]) == [True] * 3
     for share, found in (("own", 0), ("verified", 0), ("any", 3)):
         ranks.append(reader := Rank(tiny_directory, shared_daemon.url, extra={"share": share}))
         assert reader.backend.batch_exists(keys) == found

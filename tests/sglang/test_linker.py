@@ -11,13 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sglang
 import torch
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from lmcache_adapters.sglang import interface, weights
 from lmcache_adapters.sglang.linker import Linker
-from lmcache_sdk import connector, lineage
+from lmcache_sdk import connector
 from lmcache_sdk.connector import GPUConnector
 from lmcache_sdk.errors import ConfigError, LayoutError, LMCacheSDKError, UnsupportedError
 from lmcache_sdk.keys import Chain
@@ -120,21 +119,11 @@ def test_the_hierarchical_cache_and_the_linker_share(
     assert torch.equal(rank.content([7, 8, 9]), computed)
 
 
-def test_whose_kv_is_used(
-    tiny_directory: Path,
-    shared_daemon: Served,
-    trees: list[Tree],
-    ranks: list[Rank],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_whose_kv_is_used(tiny_directory: Path, shared_daemon: Served, trees: list[Tree], stranger: Rank) -> None:
     """As by the other way in."""
-    monkeypatch.setattr(lineage, "_kept", {})  # what is loaded here is no other test's
-    with monkeypatch.context() as earlier:
-        earlier.setattr(sglang, "__version__", "0.5.22")
-        ranks.append(writer := Rank(tiny_directory, shared_daemon.url))
     ids = prompt(19, 3)
-    stored = writer.fill([1, 2, 3], seed=1)
-    assert writer.set(keys_of(ids), [1, 2, 3], before=[]) == [True] * 3
+    stored = stranger.fill([1, 2, 3], seed=1)
+    assert stranger.set(keys_of(ids), [1, 2, 3], before=[]) == [True] * 3
     for share, pages in (("own", 0), ("verified", 0), ("any", 3)):
         trees.append(tree := Tree(tiny_directory, shared_daemon.url, extra={**PATIENT, "share": share}))
         request, result = tree.match(ids)

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache_adapters.deployment import weights_directory, with_grid_of
+from lmcache_adapters.deployment import refuse_load_format, weights_directory, with_grid_of
 from lmcache_sdk.errors import ConfigError, UnsupportedError
 from lmcache_sdk.keys import DIGEST_BYTES
 from lmcache_sdk.observe.logs import logger
@@ -21,7 +21,7 @@ _log = logger("sglang")
 # Their rotation depends on the longest context that the engine was started for.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _KV_DTYPES = ("bfloat16", "float16", "float32")
-# Those that read the files of the model's directory which its fingerprint reads.
+# See refuse_load_format.
 _LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "layered", "mistral", "bitsandbytes")
 
 
@@ -85,13 +85,7 @@ def refuse_unserved_engine(facts: EngineFacts) -> None:
             f"speculative decoding is not served (speculative_algorithm={server.speculative_algorithm}): the draft "
             "model has KV of its own, and EAGLE's keys are not those of tokens"
         )
-    if server.load_format == "dummy":
-        raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
-    if server.load_format not in _LOAD_FORMATS:
-        raise UnsupportedError(
-            f"load_format={server.load_format}: its weights need not be those of the model's directory, which KV is "
-            f"kept under; served are {', '.join(_LOAD_FORMATS)}"
-        )
+    refuse_load_format(server.load_format, _LOAD_FORMATS)
     for name, meaning in (
         ("kt_weight_path", "experts with weights of their own"),
         ("modelopt_checkpoint_restore_path", "a model with weights from elsewhere"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from lmcache_adapters.deployment import weights_directory, with_grid_of
+from lmcache_adapters.deployment import refuse_load_format, weights_directory, with_grid_of
 from lmcache_adapters.settings import Settings
 from lmcache_sdk.errors import UnsupportedError
 from lmcache_sdk.observe.logs import logger
@@ -14,7 +14,7 @@ from lmcache_sdk.spec import Namespace, Producer, namespace_of, weights_fingerpr
 _log = logger("vllm")
 
 _KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Those that read the files of the model's directory which its fingerprint reads.
+# See refuse_load_format.
 _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral")
 _SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 # Their rotation depends on the longest context that the engine was started for.
@@ -47,14 +47,7 @@ def refuse_unserved_engine(vllm_config: Any, kv_cache_config: Any) -> None:
         )
     if cache.cache_dtype not in _KV_DTYPES:
         raise UnsupportedError(f"KV of dtype {cache.cache_dtype!r} is not served; use kv_cache_dtype=auto")
-    load_format = vllm_config.load_config.load_format
-    if load_format == "dummy":
-        raise UnsupportedError("load_format=dummy: random weights have no identity that KV could be kept under")
-    if load_format not in _LOAD_FORMATS:
-        raise UnsupportedError(
-            f"load_format={load_format}: its weights need not be those of the model's directory, which KV is kept "
-            f"under; served are {', '.join(_LOAD_FORMATS)}"
-        )
+    refuse_load_format(vllm_config.load_config.load_format, _LOAD_FORMATS)
     groups = kv_cache_config.kv_cache_groups
     specs = [type(group.kv_cache_spec).__name__ for group in groups]
     if len(groups) != 1 or specs[0] not in _SPECS:
